@@ -1,0 +1,1 @@
+"""efrapq: quantize models from suppliers that one cannot trust."""
