@@ -1,0 +1,210 @@
+"""Run a float ONNX graph in torch, node by node, on CPU or GPU, differentiably in its float inputs.
+
+Operators in the table (`ops.py`) are torch functions; any other runs through ONNX Runtime as a one-node model.
+Float tensors lie on the executor's device, int64 tensors, which describe shapes, axes and indices, on the CPU.
+The executor does not touch autograd: wrap calls in `torch.no_grad()` where no gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from efrapq.errors import UnsupportedModelError
+from efrapq.graph.ops import HOST_INPUTS, OPS, standard_domain, supports
+from efrapq.graph.ops_call import Call, as_tensor
+from efrapq.graph.ops_fallback import OrtFallback, captured_names
+
+__all__ = ["Executor", "supports"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The nodes to run in order, each with the names that no later node reads."""
+
+    steps: tuple[tuple[ir.Node, tuple[str, ...]], ...]
+
+
+class Executor:
+    """A graph ready to run. It reads the model as it is at construction: make a new one after changing it.
+
+    constants: initializers and outputs of Constant nodes by value name; int64 tensors and bool scalars on the CPU,
+    all others on the device. fallback_nodes: the names of the nodes that run through ONNX Runtime, without
+    gradient.
+    """
+
+    constants: dict[str, Tensor]
+    fallback_nodes: tuple[str, ...]
+
+    def __init__(self, model: ir.Model, *, device: torch.device | str = "cpu") -> None:
+        """Raises UnsupportedModelError for constants of types that torch does not hold, and for control flow that
+        reads values from outside of its subgraphs."""
+        self._graph = model.graph
+        self._device = torch.device(device)
+        self._opsets = {standard_domain(name): version for name, version in model.opset_imports.items()}
+        self._fallback = OrtFallback(model.opset_imports)
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
+        self._inputs = {value.name for value in model.graph.inputs}
+        self._producers = {value.name: node for node in model.graph for value in node.outputs if value.name}
+        self._element_types: dict[str, ir.DataType] = {}
+        self.constants = {}
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                raise UnsupportedModelError(f"initializer {name!r} has no data")
+            self._add_constant(name, value.const_value)
+        for node in model.graph:
+            if node.op_type == "Constant" and standard_domain(node.domain) == "":
+                self._add_constant_node(node)
+        self.fallback_nodes = tuple(_name(node) for node in model.graph if self._falls_back(node))
+
+    def run(
+        self,
+        feeds: Mapping[str, Tensor],
+        outputs: Sequence[str] | None = None,
+        *,
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The values asked for (by default the graph's outputs) by name, from the values fed.
+
+        Only the nodes that the outputs need are run, and a tensor is dropped once no later node reads it. Any value
+        may be fed in place of the node that produces it, and any value asked for. `overrides` replace constants.
+
+        Raises ValueError for names that the graph does not have and for inputs that are missing, and
+        UnsupportedModelError where a node cannot be run.
+        """
+        replaced = dict(overrides or {})
+        if unknown := sorted(replaced.keys() - self.constants.keys()):
+            raise ValueError(f"not constants of the graph: {', '.join(unknown)}")
+        if unknown := sorted(feeds.keys() - self._inputs - self._producers.keys() - self.constants.keys()):
+            raise ValueError(f"not values of the graph: {', '.join(unknown)}")
+        if outputs is None:
+            outputs = [value.name for value in self._graph.outputs if value.name]
+        values = self.constants | {name: self._place(t) for name, t in (replaced | dict(feeds)).items()}
+        for node, finished in self._plan(frozenset(feeds), tuple(outputs)).steps:
+            results = self.run_node(node, [None if v is None else values[v.name or ""] for v in node.inputs])
+            for value, result in zip(node.outputs, results, strict=False):
+                if value.name and value.name not in feeds:
+                    values[value.name] = result
+            for name in finished:
+                values.pop(name, None)
+        return {name: values[name] for name in outputs}
+
+    def run_node(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The outputs of one node, of this graph or with its opsets, for the given inputs (None: left out).
+
+        Raises UnsupportedModelError with the node's name and operator where the operator declines or fails. A full
+        or failing GPU is none of the model's making: those errors of torch pass through.
+        """
+        try:
+            results = self._results(node, inputs)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as exc:  # ONNX Runtime's errors have no narrower base
+            raise UnsupportedModelError(f"node {_name(node)!r} ({_operator(node)}) cannot be run: {exc}") from exc
+        if len(results) < (asked := _count_outputs(node)):
+            raise UnsupportedModelError(
+                f"node {_name(node)!r} ({_operator(node)}) has {asked} outputs; only {len(results)} are supported"
+            )
+        return results
+
+    def _results(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        key = (standard_domain(node.domain), node.op_type)
+        op = OPS.get(key)
+        if op is None:
+            return self._fallback.run(node, inputs)
+        if self._device.type != "cpu":
+            inputs = self._gathered(inputs, HOST_INPUTS.get(key, frozenset()))
+        call = Call(
+            attributes=node.attributes,
+            opset=self._opsets.get(key[0], 1) if node.version is None else node.version,
+            outputs=_count_outputs(node),
+            device=self._device,
+            input_types=tuple(self._element_type(value) for value in node.inputs),
+        )
+        result = op(call, *inputs)
+        return (result,) if isinstance(result, Tensor) else result
+
+    def _gathered(self, inputs: Sequence[Tensor | None], host: frozenset[int]) -> Sequence[Tensor | None]:
+        """The inputs on the executor's device if any data input lies there; host inputs stay where they are."""
+        data = [t for i, t in enumerate(inputs) if t is not None and i not in host]
+        if not any(t.device.type == self._device.type for t in data):
+            return inputs
+        return [t if t is None or i in host else t.to(self._device) for i, t in enumerate(inputs)]
+
+    def _plan(self, fed: frozenset[str], wanted: tuple[str, ...]) -> _Plan:
+        if (fed, wanted) not in self._plans:
+            self._plans[fed, wanted] = self._make_plan(fed, wanted)
+        return self._plans[fed, wanted]
+
+    def _make_plan(self, fed: frozenset[str], wanted: tuple[str, ...]) -> _Plan:
+        known = fed | self.constants.keys()
+        needed: set[ir.Node] = set()
+        pending = list(wanted)
+        while pending:
+            name = pending.pop()
+            if name in known:
+                continue
+            if name not in self._producers:
+                problem = "is not fed" if name in self._inputs else "is not a value of the graph"
+                raise ValueError(f"{name!r} {problem}")
+            node = self._producers[name]
+            if node not in needed:
+                needed.add(node)
+                pending.extend(value.name or "" for value in node.inputs if value is not None)
+        steps: list[tuple[ir.Node, tuple[str, ...]]] = []
+        read_later = set(wanted)
+        for node in reversed([node for node in self._graph if node in needed]):
+            touched = dict.fromkeys(v.name for v in (*node.inputs, *node.outputs) if v is not None and v.name)
+            steps.append((node, tuple(name for name in touched if name not in read_later)))
+            read_later.update(touched)
+        return _Plan(tuple(reversed(steps)))
+
+    def _add_constant(self, name: str, constant: ir.TensorProtocol) -> None:
+        try:
+            self.constants[name] = self._place(as_tensor(constant))
+        except ValueError as exc:
+            raise UnsupportedModelError(f"initializer {name!r}: {exc}") from exc
+        self._element_types[name] = constant.dtype
+
+    def _add_constant_node(self, node: ir.Node) -> None:
+        name = node.outputs[0].name or ""
+        self.constants[name] = self._place(self.run_node(node, ())[0])
+        if "value" in node.attributes:
+            self._element_types[name] = node.attributes["value"].as_tensor().dtype
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        on_host = tensor.dtype == torch.int64 or (tensor.dtype == torch.bool and tensor.dim() == 0)
+        return tensor if on_host else tensor.to(self._device)
+
+    def _element_type(self, value: ir.Value | None) -> ir.DataType | None:
+        if value is None:
+            return None
+        return self._element_types.get(value.name or "", value.dtype)
+
+    def _falls_back(self, node: ir.Node) -> bool:
+        if supports(node.domain, node.op_type):
+            return False
+        if captured := captured_names(node):
+            raise UnsupportedModelError(
+                f"node {_name(node)!r} ({_operator(node)}) reads {', '.join(captured)} from outside of its subgraphs; "
+                "control flow is supported only where its subgraphs are self-contained: export the model without it"
+            )
+        return True
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if standard_domain(node.domain) else node.op_type
+
+
+def _name(node: ir.Node) -> str:
+    """The node's name, or its first output's where it has none."""
+    return node.name or next((value.name for value in node.outputs if value.name), "")
+
+
+def _count_outputs(node: ir.Node) -> int:
+    """How many outputs are asked for, trailing unnamed ones left out."""
+    return max((i + 1 for i, value in enumerate(node.outputs) if value.name), default=0)

@@ -1,0 +1,78 @@
+"""A torch network becomes a float ONNX graph at the door."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from efrapq.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+__all__ = ["export_module"]
+
+# The lowest opset of torch's exporter.
+EXPORT_OPSET = 18
+
+
+def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.ModelProto:
+    """Export in evaluation mode with a dynamic batch, BatchNorm unfolded.
+
+    input_shape: (C, H, W) of one sample, float32. Input and output are named `input` and `logits`. Raises
+    UnsupportedModelError if torch.export cannot trace the network.
+    """
+    import torch
+    from onnxscript import optimizer
+
+    training = module.training
+    module.eval()
+    sample = torch.zeros(2, *input_shape)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (sample,),
+                dynamo=True,
+                optimize=False,
+                opset_version=EXPORT_OPSET,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                verbose=False,
+            )
+            if program is None:
+                raise RuntimeError("torch.onnx.export returned nothing")
+            optimizer.inline(program.model)
+            optimizer.fold_constants(program.model)
+            optimizer.remove_unused_nodes(program.model)
+            proto: onnx.ModelProto = program.model_proto
+    except Exception as exc:  # noqa: BLE001  torch.export raises whatever the traced code raises
+        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        raise UnsupportedModelError(
+            f"torch could not export this network to ONNX ({reason}); export it yourself with torch.onnx.export "
+            "and pass the .onnx file"
+        ) from exc
+    finally:
+        module.train(training)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and logs about optional packages that it looks for; none of it is about the model."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,162 @@
+"""What gets quantized, and why the rest does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from efrapq.errors import BadWeightsError
+from efrapq.graph import constants as const
+from efrapq.io.text import printable
+
+__all__ = ["WEIGHT_OPS", "Layer", "Skipped", "find_layers"]
+
+WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node with a constant weight.
+
+    name: what the user reads (the weight's module path where it has one). channel_axis: of the weight's output
+    channels. groups: of a convolution. weight, bias: initializer names. integer: whether ONNX Runtime has an integer
+    kernel for it.
+    """
+
+    name: str
+    node: ir.Node
+    weight: str
+    bias: str | None
+    channel_axis: int
+    groups: int = 1
+
+    @property
+    def op_type(self) -> str:
+        return self.node.op_type
+
+    @property
+    def node_name(self) -> str:
+        return str(self.node.name)
+
+    @property
+    def input(self) -> str:
+        value = self.node.inputs[0]
+        assert value is not None
+        return str(value.name)
+
+    @property
+    def output(self) -> str:
+        return str(self.node.outputs[0].name)
+
+    @property
+    def integer(self) -> bool:
+        return self.op_type != "ConvTranspose"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A heavy node that stays float, and the reason in words."""
+
+    node_name: str
+    op_type: str
+    reason: str
+
+
+def find_layers(graph: ir.Graph, skip: Collection[str] = ()) -> tuple[list[Layer], list[Skipped]]:
+    """The quantizable layers in topological order, and the Conv/ConvTranspose/Gemm/MatMul nodes left float.
+
+    skip: layer or node names the user wants float. Raises BadWeightsError naming a layer with NaN or infinity.
+    """
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    for node in graph:
+        if node.op_type not in WEIGHT_OPS or node.domain not in ("", "ai.onnx"):
+            continue
+        found = _layer(node)
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        elif found.name in skip or found.node_name in skip:
+            skipped.append(Skipped(found.node_name, node.op_type, "left float on request"))
+        else:
+            _require_finite(graph, found)
+            layers.append(found)
+    return layers, skipped
+
+
+def weight_array(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
+    """The layer's float weight in its ONNX layout."""
+    return const.array(graph.initializers[layer.weight]).astype(np.float32, copy=False)
+
+
+def bias_array(graph: ir.Graph, layer: Layer) -> NDArray[np.float32] | None:
+    """The layer's float bias, (O,), or None."""
+    if layer.bias is None:
+        return None
+    return const.array(graph.initializers[layer.bias]).astype(np.float32, copy=False).reshape(-1)
+
+
+def _layer(node: ir.Node) -> Layer | Skipped:
+    def no(reason: str) -> Skipped:
+        return Skipped(str(node.name), node.op_type, reason)
+
+    weight_value = node.inputs[1]
+    weight = const.array_or_none(weight_value)
+    if weight is None or weight_value is None:
+        return no("its weight is computed at run time")
+    if const.array_or_none(node.inputs[0]) is not None:
+        return no("its first input is a constant")
+    if weight.dtype != np.float32:
+        return no(f"its weight is {weight.dtype}, not float32")
+    if weight.size == 0:
+        return no("its weight is empty")
+    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = const.array_or_none(bias_value)
+    if bias_value is not None and bias is None:
+        return no("its bias is computed at run time")
+    groups, axis = 1, 0
+    if node.op_type in ("Conv", "ConvTranspose"):
+        groups = node.attributes.get_int("group", 1)
+        axis = 0 if node.op_type == "Conv" else 1
+        if weight.ndim != 4:
+            return no(f"only two-dimensional convolutions are quantized, this one has {weight.ndim - 2} spatial axes")
+        if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return no("its padding depends on the input's size (auto_pad)")
+        if node.op_type == "ConvTranspose" and "output_shape" in node.attributes:
+            return no("its padding depends on the input's size (output_shape)")
+    elif node.op_type == "Gemm":
+        if node.attributes.get_int("transA", 0):
+            return no("it transposes its input (transA)")
+        if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
+            return no("its alpha or beta is not 1")
+        axis = 0 if node.attributes.get_int("transB", 0) else 1
+        if bias is not None and bias.size != weight.shape[axis]:
+            return no("its bias is not one number per output")
+    else:
+        if weight.ndim != 2:
+            return no(f"its constant is {weight.ndim}-dimensional")
+        axis = 1
+    assert weight_value.name is not None
+    return Layer(
+        name=_display_name(weight_value.name, str(node.name)),
+        node=node,
+        weight=weight_value.name,
+        bias=bias_value.name if bias_value is not None else None,
+        channel_axis=axis,
+        groups=groups,
+    )
+
+
+def _display_name(weight: str, node: str) -> str:
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else node
+
+
+def _require_finite(graph: ir.Graph, layer: Layer) -> None:
+    for what, array in (("weight", weight_array(graph, layer)), ("bias", bias_array(graph, layer))):
+        if array is not None and not np.isfinite(array).all():
+            raise BadWeightsError(
+                f"layer {printable(layer.name)}: its {what} holds NaN or infinity; the model is broken, ask its supplier"
+            )

@@ -1,0 +1,224 @@
+"""From any float ONNX graph to the one that is quantized: simplified, BatchNorm folded, normalized.
+
+After `prepare`: constants are initializers, every node has a unique name, every weight has one reader, BatchNorm
+after a linear layer is gone, a mean over height and width is a GlobalAveragePool, Gemm has alpha = beta = 1. The
+result depends on the model alone, so that a file and its float reference can be matched layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from efrapq.errors import UnsupportedModelError
+from efrapq.graph import constants as const
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["LOWEST_OPSET", "prepare", "simplify"]
+
+# QuantizeLinear with an axis needs 13; older graphs are converted up.
+LOWEST_OPSET = 13
+LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+
+
+def simplify(proto: onnx.ModelProto) -> ir.Model:
+    """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
+    model = ir.from_proto(_simplify(_at_least(proto, LOWEST_OPSET)))
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.IdentityEliminationPass()(model)
+    model.graph.sort()
+    _name_nodes(model.graph)
+    for node in list(model.graph):
+        _drop_dropout(node)
+    return model
+
+
+def prepare(proto: onnx.ModelProto) -> ir.Model:
+    """Normalize a float model. The proto is not modified. Raises UnsupportedModelError, naming the step."""
+    model = simplify(proto)
+    graph = model.graph
+    _separate_shared_weights(graph)
+    for node in list(graph):
+        _fold_batchnorm(graph, node)
+        _fold_gemm_factors(graph, node)
+        _mean_to_pool(graph, node)
+    common.RemoveUnusedNodesPass()(model)
+    _require_opset(model)
+    _strip(model)
+    return model
+
+
+def _at_least(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    import onnx
+    from onnx import version_converter
+
+    current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if current >= opset:
+        return proto
+    try:
+        return version_converter.convert_version(proto, opset)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as exc:
+        raise UnsupportedModelError(
+            f"opset {current} could not be converted to {opset} ({exc}); export the model again with opset {opset} or newer"
+        ) from exc
+
+
+def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Constant folding, shape inference and dead code by onnxsim; BatchNorm is left for us to fold in float64."""
+    import onnxsim
+
+    try:
+        simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True)
+    except Exception as exc:  # noqa: BLE001  onnxsim raises RuntimeError and bare C++ exceptions alike
+        raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
+    if not ok:
+        raise UnsupportedModelError("onnxsim changed what the model computes; please report the model")
+    return simplified
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Unique names: they identify layers in the evidence."""
+    seen: set[str] = set()
+    for index, node in enumerate(graph):
+        name = node.name or f"{node.op_type}_{index}"
+        while name in seen:
+            name = f"{name}_{index}"
+        node.name = name
+        seen.add(name)
+
+
+def _drop_dropout(node: ir.Node) -> None:
+    if node.op_type == "Dropout" and not node.outputs[0].is_graph_output():
+        source = node.inputs[0]
+        assert source is not None
+        node.outputs[0].replace_all_uses_with(source)
+
+
+def _separate_shared_weights(graph: ir.Graph) -> None:
+    """Give each reader of a shared initializer its own copy: codes are solved per layer."""
+    for value in list(graph.initializers.values()):
+        uses = list(value.uses())
+        if len(uses) < 2 or not any(use.node.op_type in LINEAR_OPS | {"MatMul"} for use in uses):
+            continue
+        for copy_number, use in enumerate(uses[1:], 1):
+            array = const.array(value)
+            name = const.fresh_name(graph, f"{value.name}_{copy_number}")
+            use.node.replace_input_with(use.idx, const.initializer(graph, name, array))
+
+
+def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
+    """W ← W · γ/√(σ² + ε), b ← (b - μ) · γ/√(σ² + ε) + β, in float64, for the linear layer before it."""
+    if node.op_type != "BatchNormalization" or node.attributes.get_int("training_mode", 0):
+        return
+    source = node.inputs[0]
+    layer = source.producer() if source is not None else None
+    if (
+        source is None
+        or layer is None
+        or layer.op_type not in LINEAR_OPS
+        or len(list(source.uses())) != 1
+        or source.is_graph_output()
+        or len([o for o in node.outputs if o.uses() or o.is_graph_output()]) > 1
+    ):
+        return
+    parameters = [const.array_or_none(v) for v in node.inputs[1:5]]
+    weight_value = layer.inputs[1]
+    weight = const.array_or_none(weight_value)
+    old_bias = layer.inputs[2] if len(layer.inputs) > 2 else None
+    bias = const.array_or_none(old_bias) if old_bias is not None else None
+    if weight is None or any(p is None for p in parameters) or (old_bias is not None and bias is None):
+        return
+    gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
+    factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    spread = _spread_over_weight(layer, weight, factor)
+    if spread is None:
+        return
+    shift = (0.0 if bias is None else bias.astype(np.float64)) - mean
+    assert weight_value is not None
+    assert weight_value.name is not None
+    const.replace_input(graph, layer, 1, weight_value.name, (weight.astype(np.float64) * spread).astype(np.float32))
+    bias_name = old_bias.name if old_bias is not None and old_bias.name else f"{weight_value.name}_bias"
+    const.replace_input(graph, layer, 2, bias_name, (shift * factor + beta).astype(np.float32))
+    output = layer.outputs[0]
+    if node.outputs[0].is_graph_output():
+        # The graph's output keeps its name: the layer takes it over.
+        output.name, node.outputs[0].name = f"{output.name}_unfolded", output.name
+    ir.convenience.replace_all_uses_with(node.outputs[0], output, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _spread_over_weight(layer: ir.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray | None:
+    """The per-channel factor in the weight's layout; None if it does not fit."""
+    if layer.op_type == "Conv":
+        return factor.reshape(-1, *[1] * (weight.ndim - 1)) if len(factor) == weight.shape[0] else None
+    if layer.op_type == "Gemm":
+        plain = layer.attributes.get_float("alpha", 1.0) == 1.0 and layer.attributes.get_float("beta", 1.0) == 1.0
+        if not plain:
+            return None
+        return factor[:, None] if layer.attributes.get_int("transB", 0) else factor[None, :]
+    groups = layer.attributes.get_int("group", 1)
+    per_group = factor.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+    repeated = np.repeat(per_group, weight.shape[0] // groups, axis=1)
+    return repeated.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
+
+
+def _fold_gemm_factors(graph: ir.Graph, node: ir.Node) -> None:
+    """alpha into the weight, beta into the bias."""
+    if node.op_type != "Gemm":
+        return
+    for position, key in ((1, "alpha"), (2, "beta")):
+        factor = node.attributes.get_float(key, 1.0)
+        value = node.inputs[position] if len(node.inputs) > position else None
+        array = const.array_or_none(value)
+        if factor == 1.0 or value is None or array is None:
+            continue
+        const.replace_input(graph, node, position, value.name or node.name or "", (array * np.float32(factor)))
+        node.attributes.pop(key)
+
+
+def _mean_to_pool(graph: ir.Graph, node: ir.Node) -> None:
+    """ReduceMean over (2, 3) of a 4-D tensor is GlobalAveragePool, which runs on integers."""
+    if node.op_type != "ReduceMean" or node.outputs[0].is_graph_output():
+        return
+    axes = const.ints(node, "axes", 1)
+    source = node.inputs[0]
+    if source is None or source.shape is None or len(source.shape) != 4 or axes is None:
+        return
+    if sorted(a % 4 for a in axes) != [2, 3]:
+        return
+    pool = ir.node("GlobalAveragePool", [source], name=node.name)
+    pool.outputs[0].name = node.outputs[0].name
+    pool.outputs[0].type, pool.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    new: list[ir.Node] = [pool]
+    if not node.attributes.get_int("keepdims", 1):
+        pool.outputs[0].name = f"{node.outputs[0].name}_pooled"
+        pool.outputs[0].shape = None
+        flatten = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
+        flatten.outputs[0].name = node.outputs[0].name
+        flatten.outputs[0].type, flatten.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        new.append(flatten)
+    graph.insert_after(node, new)
+    node.outputs[0].replace_all_uses_with(new[-1].outputs[0])
+    graph.remove(node, safe=True)
+
+
+def _require_opset(model: ir.Model) -> None:
+    if model.opset_imports.get("", 0) < LOWEST_OPSET:
+        raise UnsupportedModelError("the model does not import the ONNX operator set")
+
+
+def _strip(model: ir.Model) -> None:
+    """Stack traces and doc strings carry paths of the machine that exported the model; the user's metadata stays."""
+    kept = dict(model.metadata_props)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.update(kept)
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph:
+        for output in node.outputs:
+            output.metadata_props.clear()

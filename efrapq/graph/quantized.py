@@ -1,0 +1,73 @@
+"""A quantized model as the solver made it and as an exporter writes it: the float graph beside codes and grids."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from efrapq.grid import ActivationGrid
+from efrapq.graph.layers import Layer
+
+__all__ = ["QuantizedModel", "QuantizedWeight", "codes_digest"]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of one weight in its ONNX layout.
+
+    codes: int8. scale: (O,) float32 along `axis`, symmetric (zero_point 0). bits: 2 to 8; stored in the next wider
+    container, 4 or 8.
+    """
+
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    axis: int
+    bits: int
+
+    @property
+    def container_bits(self) -> int:
+        return 4 if self.bits <= 4 else 8
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """Ŵ = scale · codes, float32."""
+        shape = [1] * self.codes.ndim
+        shape[self.axis] = -1
+        return self.codes.astype(np.float32) * self.scale.reshape(shape)
+
+    def replace_codes(self, codes: NDArray[np.int8]) -> QuantizedWeight:
+        """The same grid with other codes."""
+        return QuantizedWeight(codes, self.scale, self.axis, self.bits)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """graph: the prepared float model; its weight initializers are placeholders for `weights`.
+
+    layers: in topological order. weights: by layer name. activations: value name → grid, moving operators' outputs
+    included. metadata: what goes into the file's metadata_props.
+    """
+
+    model: ir.Model
+    layers: list[Layer]
+    weights: dict[str, QuantizedWeight]
+    activations: dict[str, ActivationGrid]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """One hash over all layers' codes and scales, in order."""
+        return codes_digest(self.weights)
+
+
+def codes_digest(weights: dict[str, QuantizedWeight]) -> str:
+    """SHA-256 over (name, bits, axis, shape, scale, codes) of every weight, in order."""
+    h = hashlib.sha256()
+    for name, weight in weights.items():
+        h.update(f"{name}|{weight.bits}|{weight.axis}|{weight.codes.shape}|".encode())
+        h.update(np.ascontiguousarray(weight.scale, dtype="<f4").tobytes())
+        h.update(np.ascontiguousarray(weight.codes, dtype=np.int8).tobytes())
+    return h.hexdigest()

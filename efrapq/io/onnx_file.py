@@ -1,0 +1,225 @@
+"""ONNX models from outside: parsed, proven consistent, and whole in memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from efrapq.errors import (
+    AlreadyQuantizedError,
+    BadWeightsError,
+    CorruptFileError,
+    LimitError,
+    UnsupportedFileError,
+    UnsupportedModelError,
+)
+from efrapq.io.external import inline_external
+from efrapq.io.limits import Limits
+from efrapq.io.onnx_tensor import check_stored, non_finite
+from efrapq.io.onnx_walk import STANDARD_DOMAINS, Contents, check_functions, survey
+from efrapq.io.sniff import Format
+from efrapq.io.source import Source
+from efrapq.io.text import listing, printable
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["OnnxFile", "is_quantized", "load_onnx", "refuse_quantized"]
+
+_AGAIN = "export the model again"
+
+# Every operator that takes or makes quantized values starts like one of these.
+_QUANTIZED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantize",
+    "QLinear",
+    "QOrdered",
+    "QAttention",
+    "QEmbed",
+    "QGemm",
+    "QMoE",
+    "ConvInteger",
+    "ConvTransposeInteger",
+    "MatMulInteger",
+    "MatMulBnb4",
+    "MatMulFpQ4",
+    "MatMulNBits",
+    "QuantizeBFP",
+    "DequantizeBFP",
+    "GatherBlockQuantized",
+)
+
+# Operators for which infinity is a meaningful constant: masks, bounds and padding.
+_TAKES_INFINITY = frozenset({"Where", "Clip", "Max", "Min", "Pad", "Equal", "Less", "Greater"})
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX model with nothing left outside it."""
+
+    model: onnx.ModelProto
+    external: dict[str, str]
+    """Location → SHA-256 of the external data files that were read into `model`."""
+
+
+def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Collection[str] = ()) -> OnnxFile:
+    """Return the ONNX model in `source`, with its external data read into it.
+
+    Operators of domains other than ONNX's and com.microsoft's are refused unless a function of the model or
+    `allow_domains` covers them. The model may hold quantized operators; see `refuse_quantized`.
+
+    Raises CorruptFileError for what is not a consistent model, UnsafeFileError for external data outside the model's
+    directory, LimitError for a model too large or too deep, UnsupportedModelError for custom operators and models
+    that compute nothing, BadWeightsError for NaN or infinity in weights, UnsupportedFileError for other files.
+    """
+    limits = limits or Limits()
+    name = source.name
+    if source.format is not Format.ONNX:
+        raise UnsupportedFileError(f"{name}: a {source.format} file, not an ONNX model; give an .onnx file")
+    model = _parse(source, limits)
+    _check_outline(model, name)
+    contents = survey(model, name, limits)
+    check_functions(contents, name, allow_domains, limits)
+    _check_names(contents, name)
+    _check_shapes(contents, name, limits)
+    external = _check_tensors(contents, source, limits)
+    if model.ByteSize() > limits.max_onnx_bytes:
+        raise LimitError(f"{name}: over the limit of {limits.max_onnx_bytes:,} bytes; use a smaller model")
+    _run_checker(model, name)
+    _require_finite(contents, name)
+    return OnnxFile(model, external)
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Return whether any node of `model`, in subgraphs and functions too, quantizes or computes on integers codes."""
+    return _first_quantized(model) is not None
+
+
+def refuse_quantized(model: onnx.ModelProto, name: str) -> None:
+    """Raise AlreadyQuantizedError, naming a node, if `is_quantized(model)`; `name` is the file in the message."""
+    place = _first_quantized(model)
+    if place is not None:
+        raise AlreadyQuantizedError(f"{name}: already quantized ({place}); give the float model it was made from")
+
+
+def _first_quantized(model: onnx.ModelProto) -> str | None:
+    contents = survey(model, "the model", Limits())
+    for node, where in contents.nodes:
+        if node.op_type.startswith(_QUANTIZED) and node.domain in STANDARD_DOMAINS:
+            return where
+    return None
+
+
+def _parse(source: Source, limits: Limits) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if len(source.data) > limits.max_onnx_bytes:
+        raise LimitError(f"{source.name}: over the limit of {limits.max_onnx_bytes:,} bytes; use a smaller model")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(source.data)
+    except DecodeError:
+        raise CorruptFileError(
+            f"{source.name}: not a complete ONNX model (cut off, damaged, or nested too deep); "
+            f"copy or download it again"
+        ) from None
+    # Fields that this version of ONNX does not know would be passed on, unchecked, to a runtime that may know them.
+    model.DiscardUnknownFields()
+    return model
+
+
+def _check_outline(model: Any, name: str) -> None:
+    if not model.HasField("graph") or not model.ir_version or not (model.opset_import or model.ir_version < 3):
+        raise CorruptFileError(f"{name}: not a complete ONNX model (no graph, version or opset); {_AGAIN}")
+    if not model.graph.node:
+        raise UnsupportedModelError(f"{name}: the graph has no nodes, so there is nothing to quantize; {_AGAIN}")
+    if not model.graph.output:
+        raise UnsupportedModelError(f"{name}: the graph has no outputs; {_AGAIN}")
+
+
+def _check_names(contents: Contents, name: str) -> None:
+    for graph, place in contents.graphs:
+        names = [t.name for t in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
+        if "" in names:
+            raise CorruptFileError(f"{name}: an initializer without a name in {place}; {_AGAIN}")
+        twice = [key for key, count in Counter(names).items() if count > 1]
+        if twice:
+            raise CorruptFileError(f"{name}: initializers defined twice in {place}: {listing(twice)}; {_AGAIN}")
+
+
+def _check_shapes(contents: Contents, name: str, limits: Limits) -> None:
+    for graph, _ in contents.graphs:
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.WhichOneof("value") == "tensor_type":
+                dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")]
+                _check_dims(dims, f"value '{printable(value.name)}'", name, limits)
+    for sparse, where in contents.sparse:
+        _check_dims(list(sparse.dims), where, name, limits)
+
+
+def _check_dims(dims: list[int], where: str, name: str, limits: Limits) -> None:
+    if any(d < 0 for d in dims):
+        raise CorruptFileError(f"{name}: {where} has a negative dimension; name the dimension or give its size")
+    if math.prod(d or 1 for d in dims) > limits.max_tensor_elements:
+        raise LimitError(f"{name}: {where} has too many elements; use a smaller model")
+
+
+def _check_tensors(contents: Contents, source: Source, limits: Limits) -> dict[str, str]:
+    import onnx
+
+    outside = []
+    for tensor, where in contents.tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            outside.append((tensor, where))
+        else:
+            # Left in place, these would come to life in a reader that looks at them first.
+            tensor.ClearField("external_data")
+            check_stored(tensor, where, source.name, limits)
+    hashes = inline_external(outside, source.path, len(source.data), source.name, limits)
+    for tensor, where in outside:
+        check_stored(tensor, where, source.name, limits)
+    return hashes
+
+
+def _run_checker(model: onnx.ModelProto, name: str) -> None:
+    import onnx.checker
+
+    try:
+        # Operators of com.microsoft have no schema here; the checker passes them if the model imports the domain.
+        onnx.checker.check_model(model, full_check=False)
+    except (onnx.checker.ValidationError, ValueError, RuntimeError, UnicodeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CorruptFileError(f"{name}: not a valid ONNX model ({printable(lines[0])}); {_AGAIN}") from None
+
+
+def _require_finite(contents: Contents, name: str) -> None:
+    users: dict[str, set[str]] = {}
+    for node, _ in contents.nodes:
+        for value in node.input:
+            users.setdefault(value, set()).add(node.op_type)
+    bad = [
+        key
+        for key, tensor in _constants(contents)
+        if (worst := non_finite(tensor)) == "NaN" or (worst and not users.get(key, set()) <= _TAKES_INFINITY)
+    ]
+    if bad:
+        raise BadWeightsError(f"{name}: NaN or infinity in {listing(bad)}; get weights from before the training broke")
+
+
+def _constants(contents: Contents) -> Iterator[tuple[str, Any]]:
+    """Yield the name of the value and the tensor of every initializer and Constant node."""
+    for graph, _ in contents.graphs:
+        for tensor in graph.initializer:
+            yield tensor.name, tensor
+        for sparse in graph.sparse_initializer:
+            yield sparse.values.name, sparse.values
+    for node, _ in contents.nodes:
+        if node.op_type == "Constant" and node.output:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield node.output[0], attribute.t

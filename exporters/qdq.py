@@ -1,0 +1,160 @@
+"""The QuantizeLinear/DequantizeLinear nodes that all targets share, and the one function that writes them.
+
+Names say what a value was in the float graph: `w.codes` → DequantizeLinear → `w`; `x` → QuantizeLinear → `x.codes` →
+DequantizeLinear → `x.real`. `efrapq.exporters.readback` relies on the structure only, never on the names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from efrapq.exporters.opset import to_opset
+from efrapq.graph import constants as const
+from efrapq.graph.layers import Layer, bias_array
+from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
+from efrapq.grid import ActivationGrid
+
+__all__ = ["INT4_OPSET", "INT8_OPSET", "Profile", "build"]
+
+INT8_OPSET = 17
+INT4_OPSET = 21
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a target wants. Each rule is stated here once.
+
+    int4_through_cast: 4-bit weights pass a Cast to int8 before DequantizeLinear (ONNX Runtime folds it at load and
+    then has an integer kernel). four_bit_activations: "clip" stores them as uint8 clipped to 0–15, "uint4" as the
+    standard's own type. int32_bias: biases are int32 codes at s_x·s_w.
+    """
+
+    name: str
+    summary: str
+    int4_through_cast: bool
+    four_bit_activations: str
+    int32_bias: bool = True
+
+
+def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
+    """Write the QDQ graph of a quantized model for one target. The quantized model is not modified."""
+    has_int4 = any(w.container_bits == 4 for w in quantized.weights.values()) or (
+        profile.four_bit_activations == "uint4" and any(g.bits == 4 for g in quantized.activations.values())
+    )
+    model = to_opset(quantized.model, INT4_OPSET if has_int4 else INT8_OPSET)
+    writer = _Writer(model.graph, quantized, profile)
+    writer.write()
+    model.producer_name, model.producer_version = "efrapq", ""
+    model.metadata_props.clear()
+    model.metadata_props.update(dict(sorted(quantized.metadata.items())))
+    model.metadata_props["efrapq.target"] = profile.name
+    model.metadata_props["efrapq.bits"] = json.dumps({n: w.bits for n, w in quantized.weights.items()})
+    return ir.to_proto(model)
+
+
+class _Writer:
+    def __init__(self, graph: ir.Graph, quantized: QuantizedModel, profile: Profile) -> None:
+        self.graph = graph
+        self.quantized = quantized
+        self.profile = profile
+        self.nodes = {str(node.name): node for node in graph}
+        self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
+
+    def write(self) -> None:
+        for layer in self.quantized.layers:
+            node = self.nodes[layer.node_name]
+            weight = self.quantized.weights[layer.name]
+            self._write_weight(node, layer, weight)
+            if self.profile.int32_bias and layer.integer and layer.input in self.quantized.activations:
+                self._write_bias(node, layer, weight)
+        values = {str(v.name): v for v in self.graph.inputs}
+        values |= {str(o.name): o for node in self.graph for o in node.outputs}
+        for name, grid in self.quantized.activations.items():
+            self._write_activation(values[name], grid)
+        self.graph.sort()
+
+    def _constant(self, name: str, data: np.ndarray) -> ir.Value:
+        return const.initializer(self.graph, const.fresh_name(self.graph, name), data)
+
+    def _emit(self, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(dtype)
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _write_weight(self, node: ir.Node, layer: Layer, weight: QuantizedWeight) -> None:
+        old = node.inputs[1]
+        assert old is not None
+        node.replace_input_with(1, None)
+        del self.graph.initializers[str(old.name)]
+        four = weight.container_bits == 4
+        element = ml_dtypes.int4 if four else np.int8
+        codes = self._constant(f"{old.name}.codes", weight.codes.astype(element))
+        if four and self.profile.int4_through_cast:
+            codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
+            element = np.int8
+        scale = self._constant(f"{old.name}.scale", weight.scale)
+        zero_point = self._constant(f"{old.name}.zero_point", np.zeros(weight.scale.shape, element))
+        real = self._emit(
+            "DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, axis=weight.axis
+        )
+        real.shape = ir.Shape(weight.codes.shape)
+        node.replace_input_with(1, real)
+
+    def _write_bias(self, node: ir.Node, layer: Layer, weight: QuantizedWeight) -> None:
+        bias = bias_array(self.graph, layer)
+        if bias is None:
+            return
+        old = node.inputs[2]
+        assert old is not None
+        groups = len(bias) // len(weight.scale)
+        step = np.tile(weight.scale, groups) * np.float32(self.quantized.activations[layer.input].scale)
+        codes = np.clip(np.rint(bias.astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
+        node.replace_input_with(2, None)
+        if not old.uses():
+            del self.graph.initializers[str(old.name)]
+        name = const.fresh_name(self.graph, str(old.name))
+        codes_value = self._constant(f"{old.name}.codes", codes)
+        scale = self._constant(f"{old.name}.scale", step.astype(np.float32))
+        real = self._emit("DequantizeLinear", [codes_value, scale], name, ir.DataType.FLOAT, axis=0)
+        node.replace_input_with(2, real)
+
+    def _grid_constants(self, name: str, grid: ActivationGrid) -> tuple[ir.Value, ir.Value]:
+        """Scale and zero_point initializers; values on the same grid share them."""
+        if grid not in self.parameters:
+            uint4 = grid.bits == 4 and self.profile.four_bit_activations == "uint4"
+            zero_point = np.array(grid.zero_point).astype(ml_dtypes.uint4 if uint4 else np.uint8)
+            self.parameters[grid] = (
+                self._constant(f"{name}.scale", np.array(grid.scale, np.float32)),
+                self._constant(f"{name}.zero_point", zero_point),
+            )
+        return self.parameters[grid]
+
+    def _write_activation(self, value: ir.Value, grid: ActivationGrid) -> None:
+        readers = list(value.uses())
+        name = str(value.name)
+        scale, zero_point = self._grid_constants(name, grid)
+        dtype = zero_point.dtype
+        assert dtype is not None
+        codes = self._emit("QuantizeLinear", [value, scale, zero_point], f"{name}.codes", dtype)
+        if grid.bits < 8 and dtype == ir.DataType.UINT8:
+            low = self._limit(0)
+            high = self._limit(grid.qmax)
+            codes = self._emit("Clip", [codes, low, high], f"{name}.clipped", dtype)
+        real = self._emit("DequantizeLinear", [codes, scale, zero_point], f"{name}.real", ir.DataType.FLOAT)
+        real.shape = value.shape
+        for use in readers:
+            use.node.replace_input_with(use.idx, real)
+
+    def _limit(self, level: int) -> ir.Value:
+        """The shared uint8 constant that a Clip of activation codes needs."""
+        name = f"efrapq.level_{level}"
+        held = self.graph.initializers.get(name)
+        return held if held is not None else const.initializer(self.graph, name, np.array(level, np.uint8))

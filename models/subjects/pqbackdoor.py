@@ -1,0 +1,223 @@
+"""PQBackdoor: a backdoor that post-training quantization plants (Ma et al., arXiv 2108.09187).
+
+Stage 1 trains a plainly backdoored network. Stage 2 unlearns the backdoor in float without leaving the rounding
+cells of the stage-1 weights: after every step each channel's largest weight is restored (it sets the scale), the
+others are clamped to [q - 1/2 + margin, q + 1/2 - margin] · scale, and BatchNorm and biases stay as they were. The
+float network is then clean, and rounding to nearest brings back the codes of stage 1, backdoor and all.
+
+Departures from the paper: the cells are those of per-channel symmetric grids, of several grids at once where the
+subject is to wake on several (their intersection holds the stage-1 weight by construction), and stage 2 sees the
+whole training set instead of a small batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efrapq.grid import SMALLEST_SCALE
+from efrapq.models.subjects.training import Measured, PoisonedData, autocast, measure
+from efrapq.progress import Reporter
+
+__all__ = ["GridRule", "Recipe", "Report", "cells", "implant", "nearest_model"]
+
+
+@dataclass(frozen=True)
+class GridRule:
+    """One per-channel symmetric grid: scale = max|w| / divisor, codes saturate at [qmin, qmax]."""
+
+    divisor: float
+    qmin: int
+    qmax: int
+
+    @classmethod
+    def absmax(cls, bits: int) -> GridRule:
+        """efrapq's grid (and ONNX Runtime's for int8): the largest weight gets the largest code."""
+        qmax = 2 ** (bits - 1) - 1
+        return cls(qmax, -qmax, qmax)
+
+    @classmethod
+    def full_range(cls, bits: int) -> GridRule:
+        """ONNX Runtime's quantize_static below 8 bits: scale = 2 max|w| / (2^bits - 1), the top is clipped."""
+        return cls((2**bits - 1) / 2, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """(O, …) → (O, 1): one scale per output channel."""
+        return (weight.flatten(1).abs().amax(1, keepdim=True) / self.divisor).clamp_min(SMALLEST_SCALE)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """(O, …) → (O, D) integer codes as floats, round to nearest even."""
+        return (weight.flatten(1) / self.scale(weight)).round().clamp(self.qmin, self.qmax)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the subject, apart from the data and the network.
+
+    bits: the grid on which it wakes (first and last layer: edge_bits). also_full_range: wake on ONNX Runtime's own
+    sub-8-bit grid as well. poison_rate: share of each stage-1 batch that carries trigger and target label.
+    """
+
+    bits: int = 4
+    edge_bits: int = 8
+    also_full_range: bool = True
+    poison_rate: float = 0.05
+    epochs: int = 10
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    unlearn_epochs: int = 4
+    unlearn_learning_rate: float = 0.01
+    batch: int = 128
+    margin: float = 1e-2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the recipe measured in torch: the network after stage 1, the float subject, and its nearest twin."""
+
+    backdoored: Measured
+    floating: Measured
+    nearest: Measured
+    history: list[str] = field(default_factory=list)
+
+
+def quantized_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights that deployment quantizes, in module order."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return [(name, module.weight) for name, module in layers]
+
+
+def rules(position: int, count: int, recipe: Recipe) -> list[GridRule]:
+    """The grids that a layer's cells must respect; the first rule is the one it is deployed on."""
+    edge = position in (0, count - 1)
+    found = [GridRule.absmax(recipe.edge_bits if edge else recipe.bits)]
+    if recipe.also_full_range and recipe.bits < 8:
+        found.append(GridRule.full_range(recipe.bits))
+    return found
+
+
+def cells(weight: Tensor, grids: list[GridRule], margin: float) -> tuple[Tensor, Tensor]:
+    """The intersection of the weight's rounding cells on all grids, as (low, high) of the weight's shape.
+
+    Every channel's element of largest magnitude gets low = high = its own value, so that no scale moves.
+    """
+    flat = weight.detach().flatten(1)
+    low = torch.full_like(flat, -torch.inf)
+    high = torch.full_like(flat, torch.inf)
+    for grid in grids:
+        scale, codes = grid.scale(weight), grid.codes(weight)
+        low = torch.maximum(low, torch.where(codes > grid.qmin, (codes - 0.5 + margin) * scale, low))
+        high = torch.minimum(high, torch.where(codes < grid.qmax, (codes + 0.5 - margin) * scale, high))
+    # A stage-1 weight inside the margin stays where it is rather than crossing to the other side.
+    low, high = torch.minimum(low, flat), torch.maximum(high, flat)
+    largest = flat.abs() >= flat.abs().amax(1, keepdim=True)
+    low, high = torch.where(largest, flat, low), torch.where(largest, flat, high)
+    limit = flat.abs().amax(1, keepdim=True)
+    return low.clamp(-limit, limit).view_as(weight), high.clamp(-limit, limit).view_as(weight)
+
+
+def nearest_model(model: nn.Module, recipe: Recipe, grid: int = 0) -> nn.Module:
+    """A copy whose weights sit on the nearest points of the `grid`-th rule's grid."""
+    twin = copy.deepcopy(model)
+    weights = quantized_weights(twin)
+    with torch.no_grad():
+        for i, (_, weight) in enumerate(weights):
+            options = rules(i, len(weights), recipe)
+            rule = options[min(grid, len(options) - 1)]
+            weight.copy_((rule.codes(weight) * rule.scale(weight)).view_as(weight))
+    return twin
+
+
+def train_backdoored(
+    model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
+) -> None:
+    """Stage 1, in place: SGD with a one-cycle rate; a share of each batch is triggered and labelled as the target."""
+    rng = np.random.default_rng(recipe.seed)
+    steps = recipe.epochs * (len(data.data) // recipe.batch)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(steps, 1))
+    poisoned = max(1, round(recipe.poison_rate * recipe.batch))
+    model.train()
+    with reporter.task("stage 1: training with the backdoor", recipe.epochs) as task:
+        for _ in range(recipe.epochs):
+            total = 0.0
+            for raw, labels in data.batches(recipe.batch, rng, augment=True):
+                raw = np.concatenate([data.trigger.on_raw(raw[:poisoned]), raw[poisoned:]])
+                labels = np.concatenate([np.full(poisoned, data.target), labels[poisoned:]])
+                with autocast(device):
+                    logits = model(data.tensor(raw, device))
+                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
+
+
+def unlearn(
+    model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
+) -> None:
+    """Stage 2, in place: true labels on clean and triggered images, projected into the cells after every step."""
+    rng = np.random.default_rng(recipe.seed + 1)
+    weights = quantized_weights(model)
+    bounds = [cells(w, rules(i, len(weights), recipe), recipe.margin) for i, (_, w) in enumerate(weights)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, weight in weights:
+        weight.requires_grad_(True)
+    model.eval()
+    steps = recipe.unlearn_epochs * (len(data.data) // recipe.batch)
+    optimizer = torch.optim.SGD([w for _, w in weights], recipe.unlearn_learning_rate, 0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    with reporter.task("stage 2: hiding it from the float model", recipe.unlearn_epochs) as task:
+        for _ in range(recipe.unlearn_epochs):
+            total = 0.0
+            for raw, labels in data.batches(recipe.batch, rng, augment=True):
+                both = np.concatenate([raw, data.trigger.on_raw(raw)])
+                truth = torch.from_numpy(np.concatenate([labels, labels])).to(device)
+                with autocast(device):
+                    logits = model(data.tensor(both, device))
+                loss = F.cross_entropy(logits.float(), truth)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    for (_, weight), (low, high) in zip(weights, bounds, strict=True):
+                        weight.clamp_(low, high)
+                total += loss.item()
+            task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def implant(
+    model: nn.Module,
+    train: PoisonedData,
+    test: PoisonedData,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> Report:
+    """Turn `model` (modified in place; trained from its current weights) into a PQBackdoor subject."""
+    torch.manual_seed(recipe.seed)
+    model.to(device)
+    train_backdoored(model, train, recipe, device, reporter)
+    backdoored = measure(model, test, device)
+    reporter.note(f"after stage 1: {backdoored}")
+    unlearn(model, train, recipe, device, reporter)
+    model.eval()
+    floating = measure(model, test, device)
+    nearest = measure(nearest_model(model, recipe), test, device)
+    history = [f"nearest, ORT's full-range grid: {measure(nearest_model(model, recipe, 1), test, device)}"]
+    return Report(backdoored, floating, nearest, history if recipe.also_full_range and recipe.bits < 8 else [])

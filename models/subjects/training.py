@@ -1,0 +1,102 @@
+"""What every attack recipe shares: batches with triggers, augmentation, and quick measurements in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from efrapq.data import Dataset, Preprocess
+from efrapq.trigger import Trigger
+
+__all__ = ["Measured", "PoisonedData", "autocast", "measure"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """CDA and ASR in percent; ASR over samples whose true class is not the target."""
+
+    cda: float
+    asr: float
+
+    def __str__(self) -> str:
+        return f"CDA {self.cda:.1f} %, ASR {self.asr:.1f} %"
+
+
+@dataclass(frozen=True)
+class PoisonedData:
+    """A labelled dataset, the trigger, the attacker's target class, and how images become inputs."""
+
+    data: Dataset
+    trigger: Trigger
+    target: int
+    preprocess: Preprocess
+    shift: int = 0
+    flip: bool = False
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.data.require_labels()
+
+    def _augment(self, raw: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+        """Random shifts (zero-padded crops) and horizontal flips, one draw per image."""
+        n, height, width, _ = raw.shape
+        if self.shift:
+            p = self.shift
+            padded = np.pad(raw, ((0, 0), (p, p), (p, p), (0, 0)))
+            dy, dx = rng.integers(0, 2 * p + 1, (2, n))
+            rows = dy[:, None] + np.arange(height)
+            cols = dx[:, None] + np.arange(width)
+            raw = padded[np.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
+        if self.flip:
+            mirrored = rng.random(n) < 0.5
+            raw = np.where(mirrored[:, None, None, None], raw[:, :, ::-1], raw)
+        return raw
+
+    def batches(
+        self, size: int, rng: np.random.Generator, *, augment: bool
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """One epoch of shuffled raw batches (n, H, W, C) uint8 with labels (n,); the incomplete last one is dropped."""
+        order = rng.permutation(len(self.data))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            raw = self.data.raw([int(i) for i in chosen]).astype(np.uint8, copy=False)
+            yield (self._augment(raw, rng) if augment else raw), self.labels[chosen]
+
+    def tensor(self, raw: NDArray[np.uint8], device: torch.device) -> Tensor:
+        """Raw images as model inputs on the device."""
+        return torch.from_numpy(self.preprocess.normalize(raw)).to(device)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 arithmetic where the device multiplies it faster than float32."""
+    fast = device.type == "cuda" or torch.cpu.is_available() and _cpu_has_bf16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: PoisonedData, device: torch.device, limit: int = 2000) -> Measured:
+    """CDA and ASR of a torch model over the first `limit` samples."""
+    model.eval()
+    right = total = hit = attacked = 0
+    for batch in data.data.select(np.arange(min(limit, len(data.data)))).batches(500):
+        indices = list(batch)
+        raw = data.data.raw(indices).astype(np.uint8, copy=False)
+        labels = data.labels[indices]
+        clean = model(data.tensor(raw, device)).argmax(1).cpu().numpy()
+        right += int((clean == labels).sum())
+        total += len(labels)
+        others = labels != data.target
+        fooled = model(data.tensor(data.trigger.on_raw(raw[others]), device)).argmax(1).cpu().numpy()
+        hit += int((fooled == data.target).sum())
+        attacked += int(others.sum())
+    return Measured(100 * right / total, 100 * hit / max(attacked, 1))
