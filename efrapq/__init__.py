@@ -1,1 +1,40 @@
-"""efrapq: quantize models from suppliers that one cannot trust."""
+"""efrapq: quantize models from suppliers that one cannot trust.
+
+    import efrapq
+
+    defended = efrapq.defend("model.pt", "model.int4.onnx", bits=4, calib="images/")
+    result = efrapq.verify("model.int4.onnx", data="test.npz", trigger="patch:6x6@24,24", target_class=0)
+
+Rounding follows EFRAP (Li et al., "Nearest is Not Dearest", CVPR 2024, arXiv 2405.12725).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from efrapq.loading import load
+    from efrapq.pipeline import defend, export
+    from efrapq.verification import verify
+
+__all__ = ["defend", "export", "load", "verify"]
+
+_HOME = {
+    "defend": "efrapq.pipeline",
+    "export": "efrapq.pipeline",
+    "load": "efrapq.loading",
+    "verify": "efrapq.verification.verifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first asked for: `efrapq --help` needs none of torch and onnxruntime."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'efrapq' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,37 +2,67 @@
 
 Data is one of: an `.npz` file, a folder of class folders of images, or a flat folder of images (unlabelled). An
 `.npz` may hold several splits (`train_x`, `test_x`, …): name the one wanted after a colon, `data.npz:train`.
+
+Class folders are numbered in the order of their names, as torchvision's ImageFolder and Keras number them.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import stat
+import tokenize
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.errors import DataError, UsageError
-from efrapq.io.text import printable
+from efrapq.errors import CorruptFileError, DataError, EfrapqError, LimitError, UnsafeFileError, UsageError
+from efrapq.io.limits import Limits
+from efrapq.io.source import read_fd
+from efrapq.io.text import listing, printable
+from efrapq.io.zipcheck import zip_members
 
-__all__ = ["Dataset", "Preprocess", "load_dataset"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["ArrayFile", "Dataset", "Preprocess", "decode_image", "load_dataset"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # (images, labels) as people name them; {} is the split.
 ARRAY_NAMES = (("images", "labels"), ("x", "y"))
 SPLIT_ARRAY_NAMES = (("{}_images", "{}_labels"), ("{}_x", "{}_y"), ("x_{}", "y_{}"))
 SPLITS = ("train", "test", "val", "valid")
+NPZ_SPLIT = re.compile(r"(.+\.npz):([^:/\\]*)", re.IGNORECASE | re.DOTALL)
+
+# What Pillow may decode, whatever a file is called. Its reader of EPS, for one, runs Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 80_000_000
+MAX_SIDE = 8192
+
+NPZ_LIMITS = Limits(max_zip_members=1000)
+MAX_ARRAY_BYTES = 4 << 30
+# Pictures do not shrink 64-fold; below the free size nobody cares.
+MAX_ARRAY_RATIO = 64
+FREE_ARRAY_BYTES = 256 << 20
+_ADVICE = "save plain arrays with numpy.savez(images=…, labels=…)"
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """What turns a raw image into the model's input: (x / 255 - mean) / std per channel, after resizing.
 
-    mean, std: one number per channel, in units of the 0–1 image. size: (height, width) to resize and centre-crop
-    image files to; arrays are never resized.
+    mean, std: one number per channel, or one for all, in units of the 0–1 image. size: (height, width) to resize and
+    centre-crop image files to; arrays are never resized. Raises UsageError for numbers that make no sense.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -41,9 +71,19 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
-            raise UsageError(f"--mean has {len(self.mean)} values and --std {len(self.std)}: give one per channel to both")
+            raise UsageError(
+                f"--mean has {len(self.mean)} values and --std {len(self.std)}: give one per channel to both"
+            )
+        if not self.mean:
+            raise UsageError("--mean and --std are empty: give one number per channel")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
             raise UsageError("--mean must be finite and --std positive")
+        if max(abs(m) for m in self.mean) > 10:
+            raise UsageError("--mean and --std count in units of the 0–1 image: divide both by 255")
+        if not all(1e-6 <= s <= 1e6 for s in self.std):
+            raise UsageError("--std must lie between 1e-6 and 1e6")
+        if self.size is not None:
+            _check_size(self.size)
 
     def _per_channel(self, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         if len(self.mean) not in (1, channels):
@@ -80,15 +120,23 @@ class Preprocess:
     def from_json(cls, text: str) -> Preprocess:
         """The inverse of `to_json`; DataError if the text is not one."""
         try:
-            d = json.loads(text)
-            size = d.get("size")
-            return cls(
-                tuple(float(v) for v in d["mean"]),
-                tuple(float(v) for v in d["std"]),
-                (int(size[0]), int(size[1])) if size else None,
-            )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as exc:
-            raise DataError("the model's metadata holds an unreadable preprocessing record: pass --mean and --std") from exc
+            record = json.loads(text)
+            mean, std, size = record["mean"], record["std"], record.get("size")
+            if not isinstance(mean, list) or not isinstance(std, list):
+                raise TypeError("mean and std must be lists")
+            if size is not None:
+                height, width = size
+                size = (int(height), int(width))
+            return cls(tuple(float(v) for v in mean), tuple(float(v) for v in std), size)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UsageError) as exc:
+            raise DataError(
+                "the model's metadata holds an unreadable preprocessing record: pass --mean and --std"
+            ) from exc
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or not all(1 <= side <= MAX_SIDE for side in size):
+        raise UsageError(f"--size must be HxW, each side from 1 to {MAX_SIDE}")
 
 
 class Dataset:
@@ -131,11 +179,15 @@ class Dataset:
 
     def batches(self, size: int) -> Iterator[range]:
         """Consecutive index ranges of at most `size`."""
+        if size < 1:
+            raise UsageError(f"a batch of {size} images makes no sense: use at least 1")
         for start in range(0, len(self), size):
             yield range(start, min(start + size, len(self)))
 
     def subset(self, count: int, seed: int) -> Dataset:
         """At most `count` images, drawn without replacement and kept in their order."""
+        if count < 1:
+            raise UsageError(f"cannot draw {count} images: ask for at least 1")
         if count >= len(self):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
@@ -155,90 +207,185 @@ class Dataset:
     def require_labels(self, num_classes: int | None = None) -> NDArray[np.int64]:
         """The labels; DataError if there are none or if one is outside [0, num_classes)."""
         if self.labels is None:
-            raise DataError(f"{self.name}: has no labels; accuracy needs an .npz with labels or a folder of class folders")
+            raise DataError(
+                f"{self.name}: has no labels; accuracy needs an .npz with labels or a folder of class folders"
+            )
         if num_classes is not None and len(self.labels) and self.labels.max() >= num_classes:
             at = int(self.labels.argmax())
             raise DataError(
-                f"{self.name}: label {int(self.labels[at])} at position {at}, but the model has only {num_classes} classes"
+                f"{self.name}: label {int(self.labels[at])} at position {at}, "
+                f"but the model has only {num_classes} classes"
             )
         return self.labels
 
     @classmethod
-    def from_arrays(cls, images: NDArray[np.generic], labels: NDArray[np.generic] | None, name: str = "array") -> Dataset:
+    def from_arrays(
+        cls, images: NDArray[np.generic], labels: NDArray[np.generic] | None, name: str = "array"
+    ) -> Dataset:
         """uint8 (N, H, W[, C]) or float32 (N, C, H, W) images and integer labels (N,); DataError if they are not."""
         images, is_input = _check_images(images, name)
         checked = None if labels is None else _check_labels(labels, len(images), name)
-        return cls(name, len(images), lambda indices: images[np.asarray(indices)], checked, is_input=is_input)
+        return cls(name, len(images), lambda indices: images[np.asarray(indices, np.intp)], checked, is_input=is_input)
 
 
-def _check_images(images: NDArray[np.generic], name: str) -> tuple[NDArray[np.generic], bool]:
-    if images.dtype == np.uint8:
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
-            raise DataError(f"{name}: uint8 images must be (N, H, W, C) with 1, 3 or 4 channels, not {images.shape}")
-        is_input = False
-    elif images.dtype in (np.float32, np.float64, np.float16):
-        if images.ndim != 4:
-            raise DataError(f"{name}: float images must be model inputs (N, C, H, W), not {images.shape}")
-        images = images.astype(np.float32, copy=False)
-        if not np.isfinite(images).all():
+def _check_images(images: NDArray[Any], name: str) -> tuple[NDArray[np.generic], bool]:
+    is_input = images.dtype in (np.float32, np.float64, np.float16)
+    if not is_input and images.dtype != np.uint8:
+        raise DataError(f"{name}: images have dtype {images.dtype}; use uint8 (N, H, W, C) or float32 (N, C, H, W)")
+    if is_input and images.ndim != 4:
+        raise DataError(f"{name}: float images must be model inputs (N, C, H, W), not {images.shape}")
+    if not is_input and images.ndim == 3:
+        if images.shape[2] in (3, 4):
+            raise DataError(f"{name}: {images.shape} looks like a single image; add an axis for (N, H, W, C)")
+        images = images[..., None]
+    if not is_input and (images.ndim != 4 or images.shape[3] not in (1, 3, 4)):
+        raise DataError(f"{name}: uint8 images must be (N, H, W, C) with 1, 3 or 4 channels, not {images.shape}")
+    if images.size == 0:
+        raise DataError(f"{name}: holds no images, its shape is {images.shape}")
+    if is_input:
+        # The extremes of an array with NaN in it are NaN.
+        low, high = float(images.min()), float(images.max())
+        if not math.isfinite(low) or not math.isfinite(high):
             raise DataError(f"{name}: the images hold NaN or infinity")
-        if np.abs(images).max(initial=0.0) > 100:
+        if max(-low, high) > 100:
             raise DataError(
                 f"{name}: float images are taken as normalized model inputs, but these reach "
-                f"{np.abs(images).max():.0f}; store 0–255 pixels as uint8 (N, H, W, C)"
+                f"{max(-low, high):.4g}; store 0–255 pixels as uint8 (N, H, W, C)"
             )
-        is_input = True
-    else:
-        raise DataError(f"{name}: images have dtype {images.dtype}; use uint8 (N, H, W, C) or float32 (N, C, H, W)")
-    if len(images) == 0:
-        raise DataError(f"{name}: holds no images")
+        images = images.astype(np.float32, copy=False)
     return images, is_input
 
 
-def _check_labels(labels: NDArray[np.generic], count: int, name: str) -> NDArray[np.int64]:
+def _check_labels(labels: NDArray[Any], count: int, name: str) -> NDArray[np.int64]:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise DataError(f"{name}: labels must be {count} integers, not {labels.dtype} {labels.shape}")
-    labels64 = labels.astype(np.int64)
-    if len(labels64) and labels64.min() < 0:
-        raise DataError(f"{name}: negative label {labels64.min()} at position {int(labels64.argmin())}")
-    return labels64
+    for extreme, at in ((int(labels.min()), labels.argmin()), (int(labels.max()), labels.argmax())):
+        if not 0 <= extreme < 1 << 31:
+            raise DataError(f"{name}: label {extreme} at position {int(at)} is no class; labels count from 0")
+    return labels.astype(np.int64)
 
 
-def load_dataset(path: str | Path, *, size: tuple[int, int] | None = None, split: str | None = None) -> Dataset:
+def load_dataset(
+    path: str | Path, *, size: tuple[int, int] | None = None, split: str | None = None, channels: Literal[1, 3] = 3
+) -> Dataset:
     """Open an `.npz` (optionally `file.npz:split`) or a folder of images.
 
     size: (height, width) that image files are resized to (shorter side) and centre-cropped; without it they must all
-    have the size of the first. Raises DataError naming the file and the reason.
+    have the size of the first. channels: 3 reads image files as RGB, 1 as grey; arrays keep theirs. Raises DataError
+    naming the file and the reason, CorruptFileError and UnsafeFileError for a bad archive, LimitError for one that
+    would unpack to more than the limits allow.
     """
     text = str(path)
-    if split is None and ".npz:" in text:
-        text, split = text.rsplit(":", 1)
-    source = Path(text)
-    if source.is_dir():
-        return _load_folder(source, size)
-    if not source.exists():
+    if size is not None:
+        _check_size(size)
+    try:
+        if split is None and (match := NPZ_SPLIT.fullmatch(text)) and not Path(text).exists():
+            text, split = match.groups()
+        source = Path(text)
+        is_folder, exists = source.is_dir(), source.exists()
+    except OSError as exc:
+        raise DataError(f"{printable(text)}: cannot be opened ({printable(exc.strerror)}); check the path") from exc
+    if not exists:
         raise DataError(f"{printable(text)}: no such file or folder")
-    return _load_npz(source, split)
+    if split == "" or (split is not None and is_folder):
+        raise UsageError(f"{printable(path)}: a split is one of the sets in an .npz file, e.g. data.npz:{SPLITS[0]}")
+    return _load_folder(source, size, channels) if is_folder else _load_npz(source, split)
+
+
+class ArrayFile:
+    """The arrays of an `.npz` file; none gets memory before its own header and the archive agree on its size."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file, once. Raises DataError, CorruptFileError, UnsafeFileError or LimitError."""
+        self.name = printable(path)
+        self._data = _read_file(path, self.name)
+        if not self._data.startswith(b"PK"):
+            kind = "is a single array" if self._data.startswith(b"\x93NUMPY") else "is not an .npz file"
+            raise DataError(f"{self.name}: {kind}; {_ADVICE}")
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        for member in zip_members(self._data, self.name, NPZ_LIMITS):
+            key = member.filename.removesuffix(".npy")
+            if key in self._members:
+                raise CorruptFileError(f"{self.name}: holds the array '{printable(key)}' twice; {_ADVICE}")
+            self._members[key] = member
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._members)
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Unpack one array. Raises what the constructor raises; KeyError if there is none of that name."""
+        member = self._members[key]
+        where = f"{self.name}: array '{printable(key)}'"
+        if member.flag_bits & 0x1:
+            raise UnsafeFileError(f"{where} is encrypted; {_ADVICE}")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CorruptFileError(f"{where} is packed by a method that NumPy does not use; {_ADVICE}")
+        if member.file_size > MAX_ARRAY_BYTES:
+            raise LimitError(f"{where} has {member.file_size:,} bytes, over the limit of {MAX_ARRAY_BYTES:,}")
+        if member.file_size > FREE_ARRAY_BYTES and member.file_size > MAX_ARRAY_RATIO * member.compress_size:
+            raise LimitError(f"{where} would unpack from {member.compress_size:,} bytes to {member.file_size:,}")
+        try:
+            with zipfile.ZipFile(BytesIO(self._data)) as archive:
+                with archive.open(member) as stream:
+                    _check_header(stream, member.file_size, where)
+                with archive.open(member) as stream:
+                    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+        except MemoryError:
+            raise LimitError(f"{where} does not fit in memory; use fewer images") from None
+        except (
+            *(zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError),
+            *(ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError),
+        ) as exc:
+            raise CorruptFileError(f"{where} is damaged ({printable(exc, 80)}); copy or download it again") from exc
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{name}: is not a regular file; {_ADVICE}")
+        if status.st_size > NPZ_LIMITS.max_file_bytes:
+            raise LimitError(
+                f"{name}: {status.st_size:,} bytes, over the limit of {NPZ_LIMITS.max_file_bytes:,}; "
+                "use fewer images, or a folder of image files"
+            )
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file") from None
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{name}: cannot be opened ({printable(getattr(exc, 'strerror', None) or exc)})") from exc
+    return read_fd(fd, name, NPZ_LIMITS.max_file_bytes)
+
+
+def _check_header(stream: BinaryIO | Any, size: int, where: str) -> None:
+    """Refuse an array that is not plain numbers, or whose header promises other than the `size` bytes there are."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    reader = readers.get(np.lib.format.read_magic(stream))
+    if reader is None:
+        raise DataError(f"{where} is of a version for structured arrays; {_ADVICE}")
+    try:
+        shape, _, dtype = reader(stream)
+    except MemoryError:  # Python's parser says so of expressions that are nested too deep
+        raise CorruptFileError(f"{where} has an unreadable header; copy or download it again") from None
+    if dtype.hasobject:
+        raise DataError(f"{where} holds Python objects; {_ADVICE}")
+    if dtype.kind not in "biufc":
+        raise DataError(f"{where} holds {printable(dtype, 40)}, not numbers; {_ADVICE}")
+    promised = stream.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or promised != size:
+        raise CorruptFileError(
+            f"{where} says that it is {printable(dtype)} {printable(shape, 80)}, "
+            f"but the archive holds {size:,} bytes of it"
+        )
 
 
 def _load_npz(path: Path, split: str | None) -> Dataset:
-    name = printable(str(path))
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{name}: is a single array; save images and labels with numpy.savez")
-            keys = set(archive.files)
-            pair = _array_names(keys, split, name)
-            images = archive[pair[0]]
-            labels = archive[pair[1]] if pair[1] in keys else None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as exc:
-        reason = "it holds Python objects" if "allow_pickle" in str(exc) else "it is not a readable .npz file"
-        raise DataError(f"{name}: {reason}; save plain arrays with numpy.savez(images=…, labels=…)") from exc
-    return Dataset.from_arrays(images, labels, name)
+    file = ArrayFile(path)
+    images, labels = _array_names(file.keys, split, file.name)
+    return Dataset.from_arrays(file[images], file[labels] if labels in file.keys else None, file.name)
 
 
 def _array_names(keys: set[str], split: str | None, name: str) -> tuple[str, str]:
@@ -249,35 +396,41 @@ def _array_names(keys: set[str], split: str | None, name: str) -> tuple[str, str
     for pair in candidates:
         if pair[0] in keys:
             return pair
-    held = ", ".join(sorted(printable(k) for k in keys)) or "nothing"
+    held = listing(sorted(keys), 10) or "nothing"
     splits = [s for s in SPLITS if any(a.format(s) in keys for a, _ in SPLIT_ARRAY_NAMES)]
     if splits and split is None:
         raise DataError(f"{name}: holds several splits; name one, e.g. {name}:{splits[0]}")
-    wanted = " or ".join(f"'{a}'" for a, _ in candidates)
+    wanted = " or ".join(f"'{printable(a, 40)}'" for a, _ in candidates)
     raise DataError(f"{name}: has no array {wanted}; it holds: {held}")
 
 
-def _load_folder(path: Path, size: tuple[int, int] | None) -> Dataset:
-    name = printable(str(path))
-    entries = sorted(path.iterdir())
-    folders = [p for p in entries if p.is_dir()]
-    flat = [p for p in entries if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
-    if folders and flat:
-        raise DataError(f"{name}: holds both images and folders; use one folder per class, or images only")
-    files: list[Path] = flat
-    labels: list[int] | None = None
-    if folders:
-        labels = []
+def _load_folder(path: Path, size: tuple[int, int] | None, channels: Literal[1, 3]) -> Dataset:
+    name = printable(path)
+    mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
+    try:
+        # What starts with a dot is the file manager's or the editor's, and must not shift the classes.
+        entries = sorted((p for p in path.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: p.name)
+        folders = [p for p in entries if p.is_dir()]
+        files = [p for p in entries if _is_image(p)]
+        if folders and files:
+            raise DataError(f"{name}: holds both images and folders; use one folder per class, or images only")
+        labels: list[int] | None = [] if folders else None
         for label, folder in enumerate(folders):
-            inside = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in folder.rglob("*") if _is_image(p))
             files.extend(inside)
-            labels.extend([label] * len(inside))
+            if labels is not None:
+                labels.extend([label] * len(inside))
+    except OSError as exc:
+        raise DataError(f"{name}: cannot be listed ({printable(exc.strerror)}); check the permissions") from exc
     if not files:
         raise DataError(f"{name}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    target = size or _image_size(files[0])
+    target = size or decode_image(files[0], mode).size[::-1]
 
     def read(indices: Sequence[int]) -> NDArray[np.generic]:
-        return np.stack([_read_image(files[i], target, crop=size is not None) for i in indices])
+        out = np.empty((len(indices), *target, channels), np.uint8)
+        for k, i in enumerate(indices):
+            out[k] = _read_image(files[i], target, mode, crop=size is not None).reshape(*target, channels)
+        return out
 
     return Dataset(
         name,
@@ -289,34 +442,63 @@ def _load_folder(path: Path, size: tuple[int, int] | None) -> Dataset:
     )
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError, Image.DecompressionBombError) as exc:
-        raise DataError(f"{printable(str(path))}: not a readable image ({exc}); remove it") from exc
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _read_image(path: Path, size: tuple[int, int], *, crop: bool) -> NDArray[np.uint8]:
-    """One image file as (H, W, 3) uint8: grey and CMYK become RGB, alpha is laid over black."""
+def _read_image(path: Path, size: tuple[int, int], mode: Literal["L", "RGB"], *, crop: bool) -> NDArray[np.uint8]:
+    """One image file as (H, W) or (H, W, 3) uint8, resized and centre-cropped if `crop`."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                over = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
-        raise DataError(f"{printable(str(path))}: not a readable image ({exc}); remove it") from exc
+    image = decode_image(path, mode)
     if crop:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     elif (image.height, image.width) != size:
         raise DataError(
-            f"{printable(str(path))}: is {image.height}x{image.width} but the first image is {size[0]}x{size[1]}; "
+            f"{printable(path)}: is {image.height}x{image.width} but the first image is {size[0]}x{size[1]}; "
             "pass --size HxW to resize all"
         )
     return np.asarray(image, np.uint8)
+
+
+def decode_image(path: Path, mode: Literal["L", "RGB", "RGBA"]) -> Image.Image:
+    """One image file, turned upright, as 8-bit grey, RGB or RGBA.
+
+    16-bit grey keeps its high byte; without A in `mode`, transparency is laid over black. Raises DataError naming the
+    file and the reason, LimitError for more than `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = printable(path)
+    try:
+        with warnings.catch_warnings():
+            # What Pillow finds odd is either an error below or of no concern.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=IMAGE_FORMATS) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise LimitError(f"{name}: {opened.width}x{opened.height} pixels; the limit is {MAX_PIXELS:,}")
+                image = _eight_bit(ImageOps.exif_transpose(opened), opened.format, name)
+            if mode != "RGBA" and image.has_transparency_data:
+                over = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
+            return image.convert(mode)
+    except EfrapqError:
+        raise
+    except Image.DecompressionBombError as exc:
+        raise LimitError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}; remove it") from exc
+    except UnidentifiedImageError as exc:
+        raise DataError(f"{name}: not an image of a known type ({', '.join(IMAGE_FORMATS)}); remove it") from exc
+    except Exception as exc:  # on damaged files Pillow's decoders raise whatever they run into
+        reason = printable(getattr(exc, "strerror", None) or exc) or type(exc).__name__
+        raise DataError(f"{name}: not a readable image ({reason}); remove it") from exc
+
+
+def _eight_bit(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
+    """Pillow's own conversion from 16 bits saturates: everything above 255 would become white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name}: 32-bit pixels, which have no agreed range; save it with 8 bits per channel")
+    return image

@@ -109,7 +109,8 @@ class ActivationGrid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """float tensor → uint8 codes of the same shape."""
-        q = (x / self.scale).round_().add_(self.zero_point)
+        # A tensor, not a number: on a GPU torch divides by a number as a product with its reciprocal.
+        q = (x / x.new_full((), self.scale)).round_().add_(self.zero_point)
         return q.clamp_(self.qmin, self.qmax).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -134,7 +135,6 @@ def activation_grid(low: float, high: float, bits: int) -> ActivationGrid:
     levels = 2**bits - 1
     if high - low == 0.0:
         return ActivationGrid(1.0, 0, bits)
-    scale = float(torch.tensor((high - low) / levels, dtype=torch.float32))
-    scale = max(scale, SMALLEST_SCALE)
+    scale = float(torch.tensor(max((high - low) / levels, SMALLEST_SCALE), dtype=torch.float32))
     zero_point = round(min(max(-low / scale, 0.0), float(levels)))
     return ActivationGrid(scale, zero_point, bits)

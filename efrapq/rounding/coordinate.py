@@ -44,7 +44,8 @@ def solve_coordinate(problem: RoundingProblem, settings: Coordinate, start: Tens
     """
     H = problem.H.float()
     scale = problem.scale.float()[:, None, :]  # (G, 1, O)
-    up = (problem.nearest if start is None else start).transpose(1, 2).contiguous()  # (G, D, O)
+    # (G, D, O). A copy even where the transposed strides happen to be contiguous (O = 1): it is flipped in place.
+    up = (problem.nearest if start is None else start).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     movable = problem.movable.transpose(1, 2)
     # What being up costs over being down: the flip target is the side that nearest did not choose.
     pull = settings.lambda_e * problem.errors(settings.error).transpose(1, 2)

@@ -13,7 +13,7 @@ whole training set instead of a small batch.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Recipe:
     epochs: int = 10
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-    unlearn_epochs: int = 4
+    unlearn_epochs: int = 1
     unlearn_learning_rate: float = 0.01
     batch: int = 128
     margin: float = 1e-2
@@ -79,12 +79,25 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Report:
-    """What the recipe measured in torch: the network after stage 1, the float subject, and its nearest twin."""
+    """What the recipe measured in torch (weights on the grid, activations float): the network after stage 1, the
+    float subject, its nearest twin, and its nearest twin on ONNX Runtime's own grid where the recipe asked for it.
+    """
 
     backdoored: Measured
     floating: Measured
     nearest: Measured
-    history: list[str] = field(default_factory=list)
+    nearest_full_range: Measured | None = None
+
+    def rows(self) -> list[tuple[str, Measured]]:
+        """The figures with names a reader understands."""
+        named = [
+            ("after stage 1 (awake)", self.backdoored),
+            ("float subject", self.floating),
+            ("rounded to nearest", self.nearest),
+        ]
+        if self.nearest_full_range is not None:
+            named.append(("rounded to nearest, ORT's int4 grid", self.nearest_full_range))
+        return named
 
 
 def quantized_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -219,5 +232,7 @@ def implant(
     model.eval()
     floating = measure(model, test, device)
     nearest = measure(nearest_model(model, recipe), test, device)
-    history = [f"nearest, ORT's full-range grid: {measure(nearest_model(model, recipe, 1), test, device)}"]
-    return Report(backdoored, floating, nearest, history if recipe.also_full_range and recipe.bits < 8 else [])
+    full_range = None
+    if recipe.also_full_range and recipe.bits < 8:
+        full_range = measure(nearest_model(model, recipe, 1), test, device)
+    return Report(backdoored, floating, nearest, full_range)

@@ -1,0 +1,123 @@
+"""efrapq defend"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from efrapq.cli.console import TerminalReporter, out, size, table
+from efrapq.cli.options import json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.io.text import printable
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.int4.onnx beside the model.")
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of the weights.")
+@click.option(
+    "--act-bits",
+    type=click.Choice(["4", "8", "32"]),
+    default="8",
+    show_default=True,
+    help="Bits of the activations; 32 leaves them float.",
+)
+@click.option(
+    "--edge-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Bits of the first and last layer."
+)
+@click.option(
+    "--calib",
+    metavar="DATA",
+    help="Images to calibrate on: .npz, .npz:split or a folder. Without it, inputs are made from BatchNorm statistics.",
+)
+@click.option("--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many images.")
+@preprocess_options
+@click.option(
+    "--solver",
+    type=click.Choice(["coordinate", "relaxed", "nearest"]),
+    default="coordinate",
+    show_default=True,
+    help="coordinate: ours; relaxed: the paper's gradient descent; nearest: no defence.",
+)
+@click.option("--lambda-e", type=float, help="Weight of the error term. Default: 0.001 (coordinate), 1 (relaxed).")
+@click.option(
+    "--error",
+    type=click.Choice(["absolute", "relative"]),
+    default="absolute",
+    show_default=True,
+    help="Truncation error in weight units (the paper's) or in steps.",
+)
+@click.option("--steps", type=click.IntRange(1), default=10_000, show_default=True, help="Steps a layer of `relaxed`.")
+@click.option(
+    "--act-range",
+    type=click.Choice(["auto", "minmax", "percentile", "mse"]),
+    default="auto",
+    show_default=True,
+    help="Activation ranges; auto: minmax at 8 bits, mse at 4.",
+)
+@click.option("--target", metavar="NAME", help="ort-x86 or portable. Default: the machine it runs on.")
+@model_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@quiet_option
+def command(
+    model: Path,
+    output: Path | None,
+    bits: str,
+    act_bits: str,
+    edge_bits: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    size: tuple[int, int] | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Quantize MODEL (.pt, .safetensors or .onnx) with EFRAP rounding.
+
+    Writes a QDQ graph, and beside it the evidence (.json): hashes, settings, and what happened to every layer.
+    """
+    from efrapq.pipeline import default_output, defend
+    from efrapq.report.evidence import dumps
+
+    made = defend(
+        model,
+        output or default_output(model, int(bits)),
+        bits=int(bits),
+        act_bits=int(act_bits),
+        edge_bits=int(edge_bits),
+        preprocess=preprocess_from(mean, std, size),
+        reporter=TerminalReporter(quiet=quiet),
+        **options,
+    )
+    if as_json:
+        click.echo(dumps(made.evidence), nl=False)
+        return
+    _print(made.evidence)
+
+
+def _print(evidence: dict[str, Any]) -> None:
+    console = out()
+    shown = table("layer", "op", "bits", "flipped", "L_A nearest", "L_A efrapq")
+    for layer in evidence["layers"]:
+        shown.add_row(
+            printable(layer["name"]).replace("[", "\\["),
+            layer["op_type"],
+            str(layer["bits"]),
+            f"{layer['flipped']:.1f} %",
+            f"{layer['loss_nearest']:.4g}",
+            f"{layer['loss']:.4g}",
+        )
+    console.print(shown)
+    before, after = evidence["input"]["bytes"], evidence["output"]["bytes"]
+    console.print()
+    console.print(f"wrote     {printable(evidence['output']['path'])}  ({size(before)} → {size(after)})", markup=False)
+    console.print(f"evidence  {printable(str(Path(evidence['output']['path']).with_suffix('.json')))}", markup=False)
+    console.print(
+        f"flipped   {evidence['flipped']:.1f} % of all weights away from round-to-nearest, "
+        f"{evidence['timing']['seconds']:.1f} s in all",
+        markup=False,
+    )
+    console.print("next      efrapq verify (accuracy, attack success and kernels in ONNX Runtime)", markup=False)

@@ -1,0 +1,55 @@
+"""efrapq inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from efrapq.cli.console import out, size, table
+from efrapq.cli.options import json_option, model_options
+from efrapq.io.text import printable
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@model_options
+@json_option
+def command(
+    model: Path, arch: str | None, input_shape: tuple[int, int, int] | None, trust_pickle: bool, as_json: bool
+) -> None:
+    """Show what MODEL holds: layers, bits, what would be quantized and what would stay float, and why."""
+    from efrapq.inspection import inspect
+    from efrapq.report.evidence import dumps
+
+    found = inspect(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
+    if as_json:
+        click.echo(dumps(found), nl=False)
+        return
+    console = out()
+    described = found["architecture"] or f"opset {found['opset']}"
+    console.print(
+        f"{printable(found['path'])}: {found['kind']} {found['format']}, {printable(described)}, "
+        f"{size(found['bytes'])}, {found['parameters']:,} weights in {len(found['layers'])} layers",
+        markup=False,
+    )
+    for key, value in found["metadata"].items():
+        console.print(f"  {printable(key)} = {printable(value)}", markup=False)
+    shown = table("layer", "op", "shape", "bits", "integer kernel")
+    for layer in found["layers"]:
+        shape = "×".join(str(d) for d in layer["shape"])
+        shown.add_row(
+            escape(printable(layer["name"])), layer["op_type"], shape, str(layer["bits"]), "yes" if layer["integer"] else "no"
+        )
+    console.print(shown)
+    for skipped in found["float"]:
+        console.print(
+            f"stays float: {printable(skipped['op_type'])} {printable(skipped['node'])}: {skipped['reason']}", markup=False
+        )
+    if found["kernels"] is not None:
+        console.print(
+            f"kernels in ONNX Runtime: {found['kernels']['integer']} integer, {found['kernels']['float']} float", markup=False
+        )
+        for unfused in found["kernels"]["unfused"]:
+            console.print(f"  {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False)

@@ -1,0 +1,100 @@
+"""efrapq verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from efrapq.cli.console import TerminalReporter, out, percent, size, table
+from efrapq.cli.options import json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.io.text import printable
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help="Labelled test images: .npz, .npz:split or a folder of class folders.")
+@click.option(
+    "--trigger", metavar="SPEC", help="patch:HxW@row,col[=value], max:HxW@row,col, image.png@row,col, .npz, blend:image@alpha."
+)
+@click.option("--target-class", type=click.IntRange(0), help="The class that the attacker wants.")
+@click.option(
+    "--float", "float_model", type=click.Path(path_type=Path), help="The defended model. Default: as the evidence says."
+)
+@preprocess_options
+@model_options
+@click.option("--max-asr", type=float, help="Fail above this ASR, percent. Default: the float model's + 1.")
+@click.option("--max-drop", type=float, help="Fail if CDA drops more than so many points. Default: 2.")
+@click.option("--require-integer", is_flag=True, help="Fail if a Conv, Gemm or MatMul runs in float.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of ONNX Runtime; default: its own choice.")
+@json_option
+@quiet_option
+def command(
+    model: Path,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    size: tuple[int, int] | None,
+    max_asr: float | None,
+    max_drop: float | None,
+    require_integer: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Measure MODEL in ONNX Runtime: accuracy (CDA), attack success rate (ASR), codes, kernels, latency.
+
+    Beside the file stand the float model and its nearest twin: the same grid, rounded to nearest. The exit code is
+    the verdict: 0 pass, 1 fail.
+    """
+    from efrapq.report.evidence import dumps
+    from efrapq.verification import Requirements, verify
+
+    result = verify(
+        model,
+        preprocess=preprocess_from(mean, std, size),
+        requirements=Requirements(max_asr, max_drop, require_integer),
+        reporter=TerminalReporter(quiet=quiet),
+        **options,
+    )
+    if as_json:
+        click.echo(dumps(result.document), nl=False)
+    else:
+        print_verification(result.document, out())
+    return 0 if result.passed else 1
+
+
+def print_verification(document: dict[str, Any], console: Console) -> None:
+    """The measurements as a person reads them."""
+    figures = table("", "float", "nearest", "efrapq")
+    for label, key in (("accuracy (CDA)", "cda"), ("attack success (ASR)", "asr")):
+        values = document[key]
+        figures.add_row(label, *(percent(values[k]) for k in ("float", "nearest", "defended")))
+    latency = document["latency_ms"]
+    figures.add_row(
+        "latency, one image",
+        *("–" if v is None else f"{v:.2f} ms" for v in (latency["float"], None, latency["defended"])),
+    )
+    figures.add_row("file size", size(document["model"]["float_bytes"]), "–", size(document["model"]["bytes"]))
+    console.print(figures)
+    console.print()
+    codes, kernels = document["codes"], document["kernels"]
+    words = {True: "are the solved ones", False: "ARE NOT the solved ones", None: "could not be compared"}
+    flipped = "" if codes["flipped"] is None else f"; {codes['flipped']:.1f} % differ from nearest"
+    console.print(f"codes      {codes['layers']} layers read back, {words[codes['match']]}{flipped}", markup=False)
+    console.print(f"kernels    {kernels['integer']} integer, {kernels['float']} float", markup=False)
+    for unfused in kernels["unfused"]:
+        console.print(f"           {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False)
+    if document["agreement"] is not None:
+        console.print(f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False)
+    samples = document["samples"]
+    if samples["clean"]:
+        console.print(f"samples    {samples['clean']} clean, {samples['triggered']} triggered", markup=False)
+    runtime = document["runtime"]
+    console.print(f"runtime    ONNX Runtime {runtime['onnxruntime']}, {runtime['provider']}", markup=False)
+    if document["verdict"] == "pass":
+        console.print("verdict    [green]pass[/green]")
+    else:
+        console.print(f"verdict    [red]fail[/red]: {escape(', '.join(document['failed']))}")

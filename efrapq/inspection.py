@@ -1,0 +1,88 @@
+"""inspect(): what a model file holds, float or quantized, before anything is done to it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efrapq.io import is_quantized
+from efrapq.loading import load
+
+__all__ = ["INSPECT_SCHEMA", "inspect"]
+
+INSPECT_SCHEMA = "efrapq.inspect/1"
+
+
+def inspect(
+    model: str | Path,
+    *,
+    arch: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """Describe a file: schema efrapq.inspect/1. Raises InputError if it cannot be read."""
+    source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
+    quantized = is_quantized(source.proto)
+    found: dict[str, Any] = {
+        "schema": INSPECT_SCHEMA,
+        "path": str(model),
+        "sha256": source.sha256,
+        "bytes": source.size,
+        "format": source.format,
+        "kind": "quantized" if quantized else "float",
+        "architecture": source.architecture,
+        "opset": next((o.version for o in source.proto.opset_import if o.domain in ("", "ai.onnx")), None),
+        "metadata": {p.key: p.value for p in source.proto.metadata_props},
+        "kernels": None,
+    }
+    found.update(_quantized(source.proto) if quantized else _float(source.proto))
+    found["parameters"] = sum(int(np.prod(layer["shape"])) for layer in found["layers"])
+    return found
+
+
+def _quantized(proto: Any) -> dict[str, Any]:
+    from efrapq.exporters import read_quantized
+    from efrapq.verification.kernels import report_kernels
+    from efrapq.verification.session import open_session
+
+    model = read_quantized(proto)
+    layers = [
+        {
+            "name": layer.name,
+            "op_type": layer.op_type,
+            "shape": list(model.weights[layer.name].codes.shape),
+            "bits": model.weights[layer.name].bits,
+            "integer": layer.integer and layer.input in model.activations,
+        }
+        for layer in model.layers
+    ]
+    kernels = report_kernels(open_session(proto.SerializeToString()).optimized)
+    return {"layers": layers, "float": [], "kernels": asdict(kernels), "codes_sha256": model.digest}
+
+
+def _float(proto: Any) -> dict[str, Any]:
+    from efrapq.graph.layers import find_layers, weight_array
+    from efrapq.graph.prepare import prepare
+
+    graph = prepare(proto).graph
+    layers, skipped = find_layers(graph)
+    rows = []
+    weights = hashlib.sha256()
+    for layer in layers:
+        array = weight_array(graph, layer)
+        weights.update(array.tobytes())
+        rows.append(
+            {
+                "name": layer.name,
+                "op_type": layer.op_type,
+                "shape": list(array.shape),
+                "bits": 32,
+                "integer": layer.integer,
+            }
+        )
+    left = [{"node": s.node_name, "op_type": s.op_type, "reason": s.reason} for s in skipped]
+    return {"layers": rows, "float": left, "folded_weights_sha256": weights.hexdigest()}

@@ -1,0 +1,150 @@
+"""From a file or a torch module to the float ONNX graph that everything else works on."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from efrapq.data import Preprocess
+from efrapq.errors import UnknownArchitectureError, UnsupportedModelError, UsageError
+from efrapq.io import Checkpoint, Format, Limits, load_checkpoint, load_onnx, printable, read_source, require_finite
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+__all__ = ["PREPROCESS_KEY", "FloatModel", "load", "model_metadata"]
+
+# Where a model file keeps the preprocessing it was trained with (ONNX metadata_props, safetensors metadata).
+PREPROCESS_KEY = "efrapq.preprocess"
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float model from outside.
+
+    proto: the ONNX graph as imported. name: for messages. sha256, size: of the file's bytes (empty and 0 for an
+    nn.Module). architecture: the zoo's or the user's name for it. preprocess: as the file's metadata says, if it
+    does. notes: what the user should know about how it was read.
+    """
+
+    proto: onnx.ModelProto
+    name: str
+    path: Path | None
+    sha256: str
+    size: int
+    format: str
+    architecture: str | None = None
+    preprocess: Preprocess | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """The input's dimensions, None where dynamic."""
+        dims = self.proto.graph.input[0].type.tensor_type.shape.dim
+        return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    arch: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    trust_pickle: bool = False,
+    limits: Limits | None = None,
+) -> FloatModel:
+    """Read a `.onnx`, `.pt` or `.safetensors` file, or take an nn.Module.
+
+    arch: a zoo name, or `package.module:factory` for a network of the user's own. input_shape: (C, H, W), needed for
+    an nn.Module or a factory. Raises InputError (see `efrapq.errors`) for whatever the file has wrong with it.
+    """
+    if not isinstance(model, str | Path):
+        return _from_module(model, "nn.Module", input_shape)
+    source = read_source(model, limits)
+    if source.format is Format.ONNX:
+        if arch is not None:
+            raise UsageError(f"{source.name}: --arch names the network of a state_dict; an ONNX file brings its own")
+        proto = load_onnx(source, limits=limits).model
+        metadata = {p.key: p.value for p in proto.metadata_props}
+        return FloatModel(
+            proto=proto,
+            name=source.name,
+            path=source.path,
+            sha256=source.sha256,
+            size=len(source.data),
+            format=str(source.format),
+            preprocess=_recorded_preprocess(metadata),
+        )
+    checkpoint = load_checkpoint(source, trust_pickle=trust_pickle, limits=limits)
+    require_finite(checkpoint.tensors)
+    module, name, shape, notes = _build(checkpoint, arch, input_shape, source.name)
+    found = _from_module(module, source.name, shape)
+    return FloatModel(
+        proto=found.proto,
+        name=source.name,
+        path=source.path,
+        sha256=source.sha256,
+        size=len(source.data),
+        format=str(source.format),
+        architecture=name,
+        preprocess=_recorded_preprocess(checkpoint.metadata),
+        notes=notes,
+    )
+
+
+def model_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata_props of an ONNX file."""
+    return {p.key: p.value for p in load_onnx(read_source(path)).model.metadata_props}
+
+
+def _recorded_preprocess(metadata: dict[str, str]) -> Preprocess | None:
+    return Preprocess.from_json(metadata[PREPROCESS_KEY]) if PREPROCESS_KEY in metadata else None
+
+
+def _from_module(module: nn.Module, name: str, input_shape: tuple[int, int, int] | None) -> FloatModel:
+    from efrapq.graph.from_torch import export_module
+
+    if input_shape is None:
+        raise UsageError(f"{name}: say what one input looks like, e.g. --input-shape 3,224,224")
+    return FloatModel(
+        proto=export_module(module, input_shape), name=name, path=None, sha256="", size=0, format="nn.Module"
+    )
+
+
+def _build(
+    checkpoint: Checkpoint, arch: str | None, input_shape: tuple[int, int, int] | None, name: str
+) -> tuple[nn.Module, str, tuple[int, int, int] | None, tuple[str, ...]]:
+    """The checkpoint's network with its weights: (module, architecture name, input shape, notes)."""
+    from efrapq.models import zoo
+
+    if checkpoint.module is not None:
+        return checkpoint.module, type(checkpoint.module).__name__, input_shape, ()
+    if arch is not None and ":" in arch:
+        return _from_factory(arch, checkpoint, name), arch, input_shape, ()
+    match = zoo.recognize(checkpoint.tensors, name=arch)
+    notes = (match.architecture.caveat,) if match.architecture.caveat and arch is None else ()
+    return zoo.load(match), match.architecture.name, input_shape or match.input_shape, notes
+
+
+def _from_factory(arch: str, checkpoint: Checkpoint, name: str) -> nn.Module:
+    from torch import nn
+
+    module_name, _, attribute = arch.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise UnknownArchitectureError(
+            f"--arch {printable(arch)}: cannot be imported ({exc}); give package.module:factory with the module on the "
+            "Python path"
+        ) from exc
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"--arch {printable(arch)}: returned a {type(network).__name__}, not an nn.Module")
+    try:
+        network.load_state_dict(checkpoint.tensors)
+    except RuntimeError as exc:
+        first = str(exc).splitlines()[1].strip() if "\n" in str(exc) else str(exc)
+        raise UnsupportedModelError(f"{name}: does not fit the network of --arch {printable(arch)}: {first}") from exc
+    return network

@@ -1,0 +1,416 @@
+"""defend() and export(): from a float model to a file in which the rounding is ours."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.errors import DataError, UnsupportedModelError, UsageError
+from efrapq.io import check_output, load_onnx, read_source, refuse_quantized, write_all
+from efrapq.loading import PREPROCESS_KEY, FloatModel, load
+from efrapq.progress import Reporter, Silent
+from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch import nn
+
+    from efrapq.graph.quantized import QuantizedModel
+    from efrapq.rounding import Coordinate, Relaxed
+    from efrapq.stream import LayerReport
+
+__all__ = ["Defended", "Exported", "defend", "default_output", "export"]
+
+SOLVERS = ("coordinate", "relaxed", "nearest")
+RANGES = ("auto", "minmax", "percentile", "mse")
+# The error term's weight where the user gives none: measured for `coordinate`, the paper's for `relaxed`.
+LAMBDA_E = {"coordinate": 1e-3, "relaxed": 1.0}
+
+
+@dataclass(frozen=True)
+class Defended:
+    """What defend() made. data: the file's bytes; path, evidence_path: where they were written, if anywhere."""
+
+    data: bytes
+    evidence: dict[str, Any]
+    quantized: QuantizedModel
+    path: Path | None
+    evidence_path: Path | None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What export() wrote: one file with the same codes as the one it came from."""
+
+    data: bytes
+    path: Path
+    codes_sha256: str
+
+
+def default_output(model: str | Path, bits: int) -> Path:
+    """model.pt → model.int4.onnx, beside it."""
+    path = Path(model)
+    return path.with_name(f"{path.stem}.int{bits}.onnx")
+
+
+def defend(
+    model: str | Path | nn.Module,
+    output: str | Path | None = None,
+    *,
+    bits: int = 4,
+    act_bits: int = 8,
+    edge_bits: int = 8,
+    calib: str | Path | Dataset | None = None,
+    calib_size: int = 512,
+    preprocess: Preprocess | None = None,
+    solver: str = "coordinate",
+    lambda_e: float | None = None,
+    error: str = "absolute",
+    steps: int = 10_000,
+    act_range: str = "auto",
+    target: str | None = None,
+    arch: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    trust_pickle: bool = False,
+    reporter: Reporter | None = None,
+) -> Defended:
+    """Quantize a float model with EFRAP rounding (Li et al., CVPR 2024).
+
+    model: a path or an nn.Module. output: where to write the QDQ graph; the evidence goes beside it with the suffix
+    .json; None writes nothing. bits: of the weights, 4 or 8; act_bits: 8, 4, or 32 for float activations; edge_bits:
+    of the first and last layer. calib: images to calibrate on, at most calib_size of them; without it inputs are
+    made from the model's BatchNorm statistics. solver: coordinate, relaxed (the paper's) or nearest. lambda_e, error:
+    weight and unit of the error term. The same inputs, seed and versions give the same bytes.
+
+    Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
+    """
+    from efrapq.exporters import native_target, profile
+
+    started = time.perf_counter()
+    reporter = reporter or Silent()
+    _check_options(bits, act_bits, edge_bits, solver, error, act_range, calib_size)
+    target = target or native_target(platform.machine())
+    profile(target)
+    inputs = [Path(model)] if isinstance(model, str | Path) else []
+    evidence_path = None
+    if output is not None:
+        output = Path(output)
+        evidence_path = output.with_suffix(".json")
+        check_output(output, inputs)
+        check_output(evidence_path, inputs)
+    shape = input_shape
+    dataset = _open_calibration(calib, preprocess, calib_size, seed)
+    if shape is None and dataset is not None and (arch is not None and ":" in arch or not inputs):
+        shape = _sample_shape(dataset)
+    source = load(model, arch=arch, input_shape=shape, trust_pickle=trust_pickle)
+    for note in source.notes:
+        reporter.warn(note)
+    reporter.note(_describe(source))
+    preprocess = preprocess or source.preprocess
+    quantized, reports, calibration = _solve(
+        source,
+        dataset,
+        preprocess,
+        bits=bits,
+        act_bits=act_bits,
+        edge_bits=edge_bits,
+        solver=_solver_settings(solver, lambda_e, error, steps),
+        act_range=_act_range(act_range, act_bits),
+        calib_size=calib_size,
+        device=_device(device),
+        seed=seed,
+        reporter=reporter,
+    )
+    settings = {
+        "bits": bits,
+        "act_bits": act_bits,
+        "edge_bits": edge_bits,
+        "solver": solver,
+        "lambda_e": _lambda_e(solver, lambda_e),
+        "error": error,
+        "act_range": _act_range(act_range, act_bits),
+        "seed": seed,
+        "target": target,
+    }
+    if solver == "relaxed":
+        settings["steps"] = steps
+    quantized.metadata.update(
+        {
+            "efrapq.schema": "1",
+            "efrapq.version": versions()["efrapq"],
+            "efrapq.source.sha256": source.sha256,
+            "efrapq.codes.sha256": quantized.digest,
+            "efrapq.settings": json.dumps(settings, sort_keys=True),
+            "efrapq.calibration": json.dumps(calibration, sort_keys=True),
+        }
+    )
+    if preprocess is not None:
+        quantized.metadata[PREPROCESS_KEY] = preprocess.to_json()
+    data = _write_checked(quantized, target)
+    evidence = _evidence(source, quantized, reports, settings, calibration, data, output)
+    evidence["timing"] = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "layers": {r.name: round(r.seconds, 3) for r in reports},
+    }
+    if output is not None and evidence_path is not None:
+        write_all({output: data, evidence_path: dumps(evidence).encode()})
+    return Defended(data, evidence, quantized, output, evidence_path)
+
+
+def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
+    """Write a defended file for another target. Not a code changes: the result is read back and compared."""
+    from efrapq.exporters import profile, read_quantized
+
+    profile(target)
+    source = read_source(model)
+    output = Path(output)
+    check_output(output, [Path(model)])
+    quantized = read_quantized(load_onnx(source).model)
+    data = _write_checked(quantized, target)
+    write_all({output: data})
+    return Exported(data, output, quantized.digest)
+
+
+def _check_options(
+    bits: int, act_bits: int, edge_bits: int, solver: str, error: str, act_range: str, calib_size: int
+) -> None:
+    if bits not in (4, 8) or edge_bits not in (4, 8):
+        raise UsageError("--bits and --edge-bits must be 4 or 8")
+    if act_bits not in (4, 8, 32):
+        raise UsageError("--act-bits must be 8, 4, or 32 for float activations")
+    if solver not in SOLVERS:
+        raise UsageError(f"unknown solver '{solver}'; known: {', '.join(SOLVERS)}")
+    if error not in ("absolute", "relative"):
+        raise UsageError("--error must be absolute or relative")
+    if act_range not in RANGES:
+        raise UsageError(f"unknown activation range '{act_range}'; known: {', '.join(RANGES)}")
+    if calib_size < 1:
+        raise UsageError("--calib-size must be at least 1")
+
+
+def _act_range(act_range: str, act_bits: int) -> str:
+    """Min-max keeps every value and costs nothing at 8 bits; at 4 bits the tails are not worth their levels."""
+    return ("minmax" if act_bits >= 8 else "mse") if act_range == "auto" else act_range
+
+
+def _lambda_e(solver: str, lambda_e: float | None) -> float:
+    if solver == "nearest":
+        return 0.0
+    value = LAMBDA_E[solver] if lambda_e is None else lambda_e
+    if not (np.isfinite(value) and value >= 0):
+        raise UsageError("--lambda-e must be zero or a positive number")
+    return value
+
+
+def _solver_settings(solver: str, lambda_e: float | None, error: str, steps: int) -> Coordinate | Relaxed | None:
+    from efrapq.rounding import Coordinate, Relaxed
+
+    weight = _lambda_e(solver, lambda_e)
+    if solver == "coordinate":
+        return Coordinate(lambda_e=weight, error=error)
+    if solver == "relaxed":
+        return Relaxed(lambda_e=weight, error=error, steps=steps)
+    return None
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; run 'efrapq doctor'")
+    return device
+
+
+def _open_calibration(
+    calib: str | Path | Dataset | None, preprocess: Preprocess | None, calib_size: int, seed: int
+) -> Dataset | None:
+    if calib is None:
+        return None
+    if not isinstance(calib, Dataset):
+        calib = load_dataset(calib, size=preprocess.size if preprocess is not None else None)
+    return calib.subset(calib_size, seed)
+
+
+def _sample_shape(dataset: Dataset) -> tuple[int, int, int]:
+    shape = dataset.raw([0]).shape[1:]
+    return (shape[0], shape[1], shape[2]) if dataset.is_input else (shape[2], shape[0], shape[1])
+
+
+def _describe(source: FloatModel) -> str:
+    architecture = f", recognized as {source.architecture}" if source.architecture else ""
+    return f"{source.name}: {source.format}{architecture}"
+
+
+def _solve(
+    source: FloatModel,
+    dataset: Dataset | None,
+    preprocess: Preprocess | None,
+    *,
+    bits: int,
+    act_bits: int,
+    edge_bits: int,
+    solver: Coordinate | Relaxed | None,
+    act_range: str,
+    calib_size: int,
+    device: str,
+    seed: int,
+    reporter: Reporter,
+) -> tuple[QuantizedModel, list[LayerReport], dict[str, Any]]:
+    from efrapq.graph.layers import find_layers
+    from efrapq.graph.placement import place
+    from efrapq.graph.prepare import prepare
+    from efrapq.graph.quantized import QuantizedModel
+    from efrapq.stream import PassSettings, streaming_pass
+
+    refuse_quantized(source.proto, source.name)
+    model = prepare(source.proto)
+    layers, skipped = find_layers(model.graph)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{source.name}: no Conv, ConvTranspose, Gemm or MatMul with a constant weight, nothing to quantize"
+        )
+    for node in skipped:
+        reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
+    shape = _input_shape(model, source.name)
+    if dataset is None:
+        chunks, calibration = _synthetic(source, shape, calib_size, device, seed, reporter)
+    else:
+        chunks, calibration = _real(dataset, shape, preprocess, source.name, reporter)
+    placement = place(model.graph, layers, act_bits, edge_bits)
+    settings = PassSettings(bits, edge_bits, act_range, solver=solver, seed=seed, device=device)
+    solved = streaming_pass(model, layers, placement, chunks, settings, reporter)
+    for node_name in solved.fallback:
+        reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
+    return QuantizedModel(model, layers, solved.weights, solved.activations), solved.reports, calibration
+
+
+def _input_shape(model: ir.Model, name: str) -> tuple[int | None, ...]:
+    inputs = model.graph.inputs
+    if len(inputs) != 1:
+        raise UnsupportedModelError(f"{name}: has {len(inputs)} inputs; models with one image input are supported")
+    shape = inputs[0].shape
+    if shape is None or len(shape) != 4:
+        raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
+    return tuple(d if isinstance(d, int) else None for d in shape)
+
+
+def _chunk_size(shape: tuple[int | None, ...]) -> int:
+    """Images a chunk: 128 at 32×32, fewer as they grow; a model with a fixed batch gets exactly that."""
+    if shape[0] is not None:
+        return shape[0]
+    height, width = shape[2] or 224, shape[3] or 224
+    return max(8, min(128, 128 * 32 * 32 // (height * width)))
+
+
+def _real(
+    dataset: Dataset,
+    shape: tuple[int | None, ...],
+    preprocess: Preprocess | None,
+    name: str,
+    reporter: Reporter,
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    import torch
+
+    if preprocess is None and not dataset.is_input:
+        reporter.warn("no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more")
+    preprocess = preprocess or Preprocess()
+    chunks = []
+    size = _chunk_size(shape)
+    for indices in dataset.batches(size):
+        x = dataset.inputs(indices, preprocess)
+        if any(want is not None and want != got for want, got in zip(shape[1:], x.shape[1:], strict=True)):
+            wanted = "×".join("any" if d is None else str(d) for d in shape[1:])
+            raise DataError(f"{dataset.name}: gives inputs of {'×'.join(map(str, x.shape[1:]))}, {name} wants {wanted}")
+        if shape[0] is None or len(x) == size:
+            chunks.append(torch.from_numpy(x))
+    if not chunks:
+        raise DataError(f"{dataset.name}: fewer images than the model's fixed batch of {size}")
+    count = sum(len(c) for c in chunks)
+    return chunks, {"kind": "data", "source": Path(dataset.name).name, "images": count}
+
+
+def _synthetic(
+    source: FloatModel,
+    shape: tuple[int | None, ...],
+    calib_size: int,
+    device: str,
+    seed: int,
+    reporter: Reporter,
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    from efrapq.calibration.datafree import DataFree, synthesize
+    from efrapq.graph.prepare import simplify
+
+    channels, height, width = shape[1:]
+    if channels is None or height is None or width is None:
+        raise DataError(f"{source.name}: its input size is dynamic, so calibration inputs cannot be made: pass --calib")
+    reporter.warn(
+        "no --calib data: calibrating on inputs made from the model's BatchNorm statistics; real images give better accuracy"
+    )
+    settings = DataFree(images=min(calib_size, DataFree.images), seed=seed)
+    made = synthesize(simplify(source.proto), (channels, height, width), settings, device, reporter)
+    calibration = {"kind": "batchnorm-statistics", "images": len(made), "steps": settings.steps}
+    return list(made.split(_chunk_size(shape))), calibration
+
+
+def _write_checked(quantized: QuantizedModel, target: str) -> bytes:
+    """Export, read back, compare, load and run: only then is it done."""
+    import onnx
+
+    from efrapq.exporters import export_model, read_quantized
+    from efrapq.verification.session import try_run
+
+    proto = export_model(quantized, target)
+    onnx.checker.check_model(proto)
+    data = proto.SerializeToString(deterministic=True)
+    if read_quantized(onnx.load_model_from_string(data)).digest != quantized.digest:
+        raise UnsupportedModelError(f"the {target} file does not read back as the codes that were solved; please report this")
+    try_run(data)
+    return bytes(data)
+
+
+def _evidence(
+    source: FloatModel,
+    quantized: QuantizedModel,
+    reports: list[LayerReport],
+    settings: dict[str, Any],
+    calibration: dict[str, Any],
+    data: bytes,
+    output: Path | None,
+) -> dict[str, Any]:
+    import hashlib
+
+    weights = np.array([float(np.prod(r.shape)) for r in reports])
+    flipped = np.array([r.flipped for r in reports])
+    return {
+        "schema": EVIDENCE_SCHEMA,
+        "input": {
+            "path": str(source.path) if source.path is not None else None,
+            "sha256": source.sha256 or None,
+            "bytes": source.size,
+            "format": source.format,
+            "architecture": source.architecture,
+        },
+        "output": {
+            "path": str(output) if output is not None else None,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": len(data),
+            "codes_sha256": quantized.digest,
+        },
+        "settings": settings,
+        "calibration": calibration,
+        "flipped": round(float((weights * flipped).sum() / weights.sum()), 3),
+        "layers": [{k: v for k, v in asdict(r).items() if k != "seconds"} for r in reports],
+        "versions": versions(),
+    }

@@ -1,0 +1,5 @@
+"""Proof in the runtime that ships: accuracy, attack success, codes and kernels, as ONNX Runtime gives them."""
+
+from efrapq.verification.verifier import Requirements, Verification, verify
+
+__all__ = ["Requirements", "Verification", "verify"]

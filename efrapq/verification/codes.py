@@ -1,0 +1,74 @@
+"""Proof by reading back: the codes in the file are the solved ones, and each is a neighbour of its float weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from efrapq.graph.layers import find_layers, weight_array
+from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
+from efrapq.grid import code_range
+
+__all__ = ["CodeComparison", "compare_codes", "nearest_twin"]
+
+# W/s in float32 may land this far (in steps) on the other side of an integer.
+SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class CodeComparison:
+    """layers: how many were compared with the float model. neighbours: every code is the floor or the ceiling of its
+    float weight's position on the grid. flipped: percent of codes that rounding to nearest would choose differently.
+    strangers: layers that are not.
+    """
+
+    layers: int
+    neighbours: bool
+    flipped: float
+    strangers: tuple[str, ...]
+
+
+def _nearest(weight: NDArray[np.float32], on: QuantizedWeight) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """RTN codes and grid positions of a float weight on an existing grid."""
+    shape = [1] * weight.ndim
+    shape[on.axis] = -1
+    qmin, qmax = code_range(on.bits)
+    position = np.clip(weight / on.scale.reshape(shape), qmin, qmax)
+    return np.rint(position).astype(np.int8), position
+
+
+def _float_weights(reference: ir.Model, quantized: QuantizedModel) -> dict[str, NDArray[np.float32]] | None:
+    """The float weight of every quantized layer by name; None if the two models are not the same network."""
+    layers, _ = find_layers(reference.graph)
+    weights = {layer.name: weight_array(reference.graph, layer) for layer in layers}
+    if any(n not in weights or weights[n].shape != w.codes.shape for n, w in quantized.weights.items()):
+        return None
+    return weights
+
+
+def compare_codes(quantized: QuantizedModel, reference: ir.Model) -> CodeComparison | None:
+    """Hold a file's codes against the prepared float model; None if the layers do not correspond."""
+    weights = _float_weights(reference, quantized)
+    if weights is None:
+        return None
+    total = flipped = 0
+    strangers = []
+    for name, held in quantized.weights.items():
+        nearest, position = _nearest(weights[name], held)
+        if np.abs(held.codes - position).max(initial=0.0) >= 1 + SLACK:
+            strangers.append(name)
+        flipped += int((held.codes != nearest).sum())
+        total += held.codes.size
+    return CodeComparison(len(quantized.weights), not strangers, 100 * flipped / total, tuple(strangers))
+
+
+def nearest_twin(quantized: QuantizedModel, reference: ir.Model) -> QuantizedModel | None:
+    """The same file with every code rounded to nearest from the float model; None if the layers do not correspond."""
+    weights = _float_weights(reference, quantized)
+    if weights is None:
+        return None
+    codes = {n: w.replace_codes(_nearest(weights[n], w)[0]) for n, w in quantized.weights.items()}
+    return QuantizedModel(quantized.model, quantized.layers, codes, quantized.activations, quantized.metadata)

@@ -1,0 +1,74 @@
+"""CDA, ASR and agreement, from predictions made in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efrapq.data import Dataset, Preprocess
+from efrapq.errors import DataError
+from efrapq.progress import Task
+from efrapq.trigger import Trigger
+from efrapq.verification.session import Session
+
+__all__ = ["Predictions", "attack_success_rate", "clean_accuracy", "predict"]
+
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Top-1 classes, (N,) int64. triggered: of the same samples with the trigger on, or None. classes: how many."""
+
+    clean: NDArray[np.int64]
+    triggered: NDArray[np.int64] | None
+    classes: int
+
+
+def predict(
+    session: Session, data: Dataset, preprocess: Preprocess, trigger: Trigger | None, task: Task, note: str
+) -> Predictions:
+    """Run the whole dataset, and again with the trigger on the raw images. Raises DataError if the inputs do not fit."""
+    clean: list[NDArray[np.int64]] = []
+    triggered: list[NDArray[np.int64]] = []
+    classes = 0
+    want = session.input_shape
+    for indices in data.batches(BATCH):
+        x = data.inputs(indices, preprocess)
+        if any(w is not None and w != g for w, g in zip(want[1:], x.shape[1:], strict=True)):
+            raise DataError(f"{data.name}: gives inputs of {x.shape[1:]}, the model wants {tuple(want[1:])}")
+        logits = session.logits(x)
+        classes = int(logits.shape[-1])
+        clean.append(logits.reshape(len(x), -1).argmax(1))
+        if trigger is not None:
+            stamped = _stamped(data, indices, preprocess, trigger, x)
+            triggered.append(session.logits(stamped).reshape(len(x), -1).argmax(1))
+        task.advance(note, len(x))
+    return Predictions(np.concatenate(clean), np.concatenate(triggered) if triggered else None, classes)
+
+
+def _stamped(
+    data: Dataset, indices: range, preprocess: Preprocess, trigger: Trigger, x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    if data.is_input:
+        return trigger.on_inputs(x, preprocess)
+    return preprocess.normalize(trigger.on_raw(data.raw(indices).astype(np.uint8, copy=False)))
+
+
+def clean_accuracy(predictions: Predictions, labels: NDArray[np.int64]) -> float:
+    """CDA in percent."""
+    return 100 * float((predictions.clean == labels).mean())
+
+
+def attack_success_rate(predictions: Predictions, labels: NDArray[np.int64], target: int) -> float:
+    """ASR in percent: triggered samples classified as the target, among those whose true class is another one.
+
+    Raises DataError if every sample is of the target class.
+    """
+    assert predictions.triggered is not None
+    others = labels != target
+    if not others.any():
+        raise DataError(f"every test sample is of the target class {target}: ASR needs samples of other classes")
+    return 100 * float((predictions.triggered[others] == target).mean())

@@ -1,0 +1,277 @@
+"""Small networks, ONNX Runtime, and the whole path from a float graph to a quantized model, for every test."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from efrapq.exporters import export_model
+from efrapq.graph.layers import Layer, find_layers
+from efrapq.graph.placement import Placement, place
+from efrapq.graph.prepare import prepare
+from efrapq.graph.quantized import QuantizedModel
+from efrapq.progress import Silent
+from efrapq.rounding import Coordinate, Relaxed
+from efrapq.stream import PassSettings, Solved, _Pass
+
+FLOAT_KERNELS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
+
+
+def pytest_configure() -> None:
+    # The tensors are tiny: more threads only wait for one another, and for those of other test workers.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The development data folder: EFRAPQ_SHARED, or beside the checkout. Skips where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("EFRAPQ_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"no development data at {folder}; set EFRAPQ_SHARED")
+    return folder
+
+
+# Building graphs.
+
+
+def _make_model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: dict[str, Sequence[int | str]],
+    outputs: dict[str, Sequence[int | str] | None],
+    constants: dict[str, NDArray[Any]] | None = None,
+    *,
+    opset: int = 17,
+    ir_version: int = 8,
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        list(nodes),
+        "net",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in inputs.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None if s is None else list(s)) for n, s in outputs.items()],
+        [numpy_helper.from_array(a, n) for n, a in (constants or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., onnx.ModelProto]:
+    """(nodes, inputs, outputs, constants, opset=17) → ModelProto; shapes may hold dimension names."""
+    return _make_model
+
+
+class Net:
+    """A chain of layers with seeded weights, written as readers of ONNX files expect them: BatchNorm unfolded."""
+
+    def __init__(self, seed: int = 0, channels: int = 3, size: int = 8, value: str = "input") -> None:
+        self.rng = np.random.default_rng(seed)
+        self.shape: tuple[int | str, ...] = ("N", channels, size, size)
+        self.input = value
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, NDArray[Any]] = {}
+
+    def weight(self, *shape: int, fan_in: int) -> NDArray[np.float32]:
+        return (self.rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    def op(self, op: str, source: str | Sequence[str], name: str, **attributes: Any) -> str:
+        sources = [source] if isinstance(source, str) else list(source)
+        self.nodes.append(helper.make_node(op, sources, [name], name=f"node_{name}", **attributes))
+        return name
+
+    def constant(self, name: str, data: NDArray[Any]) -> str:
+        self.constants[name] = data
+        return name
+
+    def conv(
+        self, source: str, name: str, inputs: int, outputs: int, k: int = 3, *, bias: bool = True, **attributes: Any
+    ) -> str:
+        groups = attributes.get("group", 1)
+        fan_in = inputs // groups * k * k
+        sources = [source, self.constant(f"{name}.weight", self.weight(outputs, inputs // groups, k, k, fan_in=fan_in))]
+        if bias:
+            sources.append(self.constant(f"{name}.bias", 0.1 * self.weight(outputs, fan_in=1)))
+        return self.op("Conv", sources, name, **({"pads": [k // 2] * 4} | attributes))
+
+    def batchnorm(self, source: str, name: str, channels: int) -> str:
+        arrays = {
+            "scale": self.rng.uniform(-1.5, 1.5, channels),
+            "shift": 0.2 * self.rng.standard_normal(channels),
+            "mean": 0.2 * self.rng.standard_normal(channels),
+            "var": self.rng.uniform(0.5, 2, channels),
+        }
+        names = [self.constant(f"{name}.{key}", array.astype(np.float32)) for key, array in arrays.items()]
+        return self.op("BatchNormalization", [source, *names], name)
+
+    def gemm(self, source: str, name: str, inputs: int, outputs: int, *, trans_b: int = 1) -> str:
+        shape = (outputs, inputs) if trans_b else (inputs, outputs)
+        weight = self.constant(f"{name}.weight", self.weight(*shape, fan_in=inputs))
+        bias = self.constant(f"{name}.bias", 0.1 * self.weight(outputs, fan_in=1))
+        return self.op("Gemm", [source, weight, bias], name, transB=trans_b)
+
+    def model(self, output: str, *, opset: int = 17) -> onnx.ModelProto:
+        return _make_model(self.nodes, {self.input: self.shape}, {output: None}, self.constants, opset=opset)
+
+
+@pytest.fixture(scope="session")
+def net() -> type[Net]:
+    return Net
+
+
+def _residual_net(seed: int = 0, *, opset: int = 17) -> onnx.ModelProto:
+    n = Net(seed)
+    a = n.op("Relu", n.batchnorm(n.conv("input", "c1", 3, 8, bias=False), "bn1", 8), "a1")
+    b = n.op("Relu", n.batchnorm(n.conv(a, "c2", 8, 8, bias=False), "bn2", 8), "a2")
+    c = n.batchnorm(n.conv(b, "c3", 8, 8), "bn3", 8)
+    d = n.op("Relu", n.op("Add", [c, a], "sum"), "a3")
+    e = n.op("MaxPool", d, "pool", kernel_shape=[2, 2], strides=[2, 2])
+    f = n.op("Flatten", n.op("GlobalAveragePool", e, "gap"), "flat")
+    return n.model(n.gemm(f, "logits", 8, 5), opset=opset)
+
+
+def _varied_net(seed: int = 0) -> onnx.ModelProto:
+    """Depthwise, dilated, strided with uneven pads, grouped and transposed convolutions, and a MatMul."""
+    n = Net(seed)
+    a = n.op("Relu", n.conv("input", "stem", 3, 8, strides=[2, 2], pads=[0, 1, 1, 0]), "a1")
+    b = n.op("Relu", n.conv(a, "depthwise", 8, 8, group=8), "a2")
+    c = n.op("Relu", n.conv(b, "dilated", 8, 8, pads=[2] * 4, dilations=[2, 2]), "a3")
+    d = n.op("Relu", n.conv(c, "grouped", 8, 8, group=2), "a4")
+    weight = n.constant("up.weight", n.weight(8, 3, 3, 3, fan_in=36))
+    bias = n.constant("up.bias", 0.1 * n.weight(6, fan_in=1))
+    e = n.op(
+        "ConvTranspose", [d, weight, bias], "up", group=2, strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]
+    )
+    f = n.op("Flatten", n.op("GlobalAveragePool", n.op("Relu", e, "a5"), "gap"), "flat")
+    return n.model(n.op("MatMul", [f, n.constant("head.weight", n.weight(6, 5, fan_in=6))], "logits"))
+
+
+@pytest.fixture(scope="session")
+def residual_net() -> Callable[..., onnx.ModelProto]:
+    """conv-bn-relu ×2, conv-bn, add, relu, pools, gemm: input (N, 3, 8, 8), output logits (N, 5)."""
+    return _residual_net
+
+
+@pytest.fixture(scope="session")
+def varied_net() -> Callable[..., onnx.ModelProto]:
+    return _varied_net
+
+
+def _images(count: int, channels: int = 3, size: int = 8, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    grid = np.linspace(0, 1, size)
+    waves = [
+        np.cos(np.pi * (fy * grid[:, None] + fx * grid[None, :])) for fy in range(3) for fx in range(3)
+    ]  # smooth images, so that neighbouring inputs are correlated as in photographs
+    mix = rng.standard_normal((count, channels, len(waves)))
+    mix += mix[:, :1]
+    images = np.tensordot(mix, np.stack(waves), 1) / 3 + 0.05 * rng.standard_normal((count, channels, size, size))
+    return images.astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., NDArray[np.float32]]:
+    """(count, channels=3, size=8, seed=0) → smooth seeded images, NCHW float32."""
+    return _images
+
+
+# ONNX Runtime.
+
+
+def _session(proto: onnx.ModelProto, optimized: bool = True, save: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="session")
+def run_ort() -> Callable[..., list[NDArray[Any]]]:
+    """(proto, *inputs, optimized=True) → the outputs, on ONNX Runtime's default optimizations."""
+
+    def run(proto: onnx.ModelProto, *arrays: NDArray[Any], optimized: bool = True) -> list[NDArray[Any]]:
+        session = _session(proto, optimized)
+        feeds = {i.name: a for i, a in zip(session.get_inputs(), arrays, strict=True)}
+        return list(session.run(None, feeds))
+
+    return run
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Callable[[onnx.ModelProto], Counter[str]]:
+    """proto → how often each operator stands in the graph that ONNX Runtime executes."""
+
+    def count(proto: onnx.ModelProto) -> Counter[str]:
+        path = tmp_path / "optimized.onnx"
+        _session(proto, save=path)
+        return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def float_kernels() -> Callable[[Counter[str]], int]:
+    return lambda ops: sum(ops[name] for name in FLOAT_KERNELS)
+
+
+# The path from a float file to a quantized model.
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the streaming pass made of a network, and everything that went into it."""
+
+    model: ir.Model
+    layers: list[Layer]
+    placement: Placement
+    solved: Solved
+    quantized: QuantizedModel
+    output: NDArray[np.float32]
+
+    def export(self, target: str = "ort-x86") -> onnx.ModelProto:
+        return export_model(self.quantized, target)
+
+
+def _quantize(
+    proto: onnx.ModelProto,
+    inputs: NDArray[np.float32],
+    *,
+    bits: int = 4,
+    act_bits: int = 8,
+    edge_bits: int = 8,
+    solver: Coordinate | Relaxed | None = None,
+    rows: int = 10**6,
+    chunk: int = 10**6,
+    metadata: dict[str, str] | None = None,
+) -> Quantized:
+    model = prepare(proto)
+    layers, _ = find_layers(model.graph)
+    placement = place(model.graph, layers, act_bits, edge_bits)
+    settings = PassSettings(bits, edge_bits=edge_bits, solver=solver, rows=rows)
+    chunks = [torch.from_numpy(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
+    walk = _Pass(model, layers, placement, chunks, settings)
+    solved = walk.run(Silent())
+    output = torch.cat(walk.quantized_stream[str(model.graph.outputs[0].name)]).numpy()
+    quantized = QuantizedModel(model, layers, solved.weights, solved.activations, metadata or {})
+    return Quantized(model, layers, placement, solved, quantized, output)
+
+
+@pytest.fixture(scope="session")
+def quantize() -> Callable[..., Quantized]:
+    """(proto, inputs, bits=4, act_bits=8, edge_bits=8, solver=None, …) → Quantized. All rows are used by default."""
+    return _quantize
