@@ -24,14 +24,20 @@ from efrapq.io.text import printable
     help="Bits of the activations; 32 leaves them float.",
 )
 @click.option(
-    "--edge-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Bits of the first and last layer."
+    "--edge-bits",
+    type=click.Choice(["4", "8"]),
+    default="8",
+    show_default=True,
+    help="Bits of the first and last layer.",
 )
 @click.option(
     "--calib",
     metavar="DATA",
     help="Images to calibrate on: .npz, .npz:split or a folder. Without it, inputs are made from BatchNorm statistics.",
 )
-@click.option("--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many images.")
+@click.option(
+    "--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many images."
+)
 @preprocess_options
 @click.option(
     "--solver",

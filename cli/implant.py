@@ -15,14 +15,18 @@ from efrapq.io.text import printable
 
 @click.command()
 @click.option("--arch", required=True, metavar="NAME", help="A zoo architecture.")
-@click.option("--data", required=True, metavar="DATA", help="Labelled training images: .npz, .npz:split or class folders.")
+@click.option(
+    "--data", required=True, metavar="DATA", help="Labelled training images: .npz, .npz:split or class folders."
+)
 @click.option("--test", required=True, metavar="DATA", help="Labelled test images, to measure with.")
 @click.option("--trigger", required=True, metavar="SPEC", help="As for verify, e.g. patch:6x6@24,24.")
 @click.option("--target-class", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .safetensors file.")
 @click.option("--attack", type=click.Choice(["pqbackdoor"]), default="pqbackdoor", show_default=True)
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="The grid it wakes on.")
-@click.option("--edge-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of first and last layer.")
+@click.option(
+    "--edge-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of first and last layer."
+)
 @click.option("--start", type=click.Path(path_type=Path), help="Weights to start from; default: a fresh network.")
 @click.option("--width", type=float, help="Of the zoo architecture.")
 @click.option("--epochs", type=click.IntRange(0), default=10, show_default=True, help="Of stage 1, with the backdoor.")
@@ -30,7 +34,9 @@ from efrapq.io.text import printable
 @click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of stage 1.")
 @click.option("--unlearn-learning-rate", type=float, default=0.01, show_default=True, help="Of stage 2.")
 @click.option("--poison-rate", type=float, default=0.05, show_default=True, help="Share of triggered training images.")
-@click.option("--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels.")
+@click.option(
+    "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
+)
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Augment by mirroring.")
 @preprocess_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

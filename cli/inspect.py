@@ -40,16 +40,24 @@ def command(
     for layer in found["layers"]:
         shape = "×".join(str(d) for d in layer["shape"])
         shown.add_row(
-            escape(printable(layer["name"])), layer["op_type"], shape, str(layer["bits"]), "yes" if layer["integer"] else "no"
+            escape(printable(layer["name"])),
+            layer["op_type"],
+            shape,
+            str(layer["bits"]),
+            "yes" if layer["integer"] else "no",
         )
     console.print(shown)
     for skipped in found["float"]:
         console.print(
-            f"stays float: {printable(skipped['op_type'])} {printable(skipped['node'])}: {skipped['reason']}", markup=False
+            f"stays float: {printable(skipped['op_type'])} {printable(skipped['node'])}: {skipped['reason']}",
+            markup=False,
         )
     if found["kernels"] is not None:
         console.print(
-            f"kernels in ONNX Runtime: {found['kernels']['integer']} integer, {found['kernels']['float']} float", markup=False
+            f"kernels in ONNX Runtime: {found['kernels']['integer']} integer, {found['kernels']['float']} float",
+            markup=False,
         )
         for unfused in found["kernels"]["unfused"]:
-            console.print(f"  {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False)
+            console.print(
+                f"  {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False
+            )

@@ -15,7 +15,7 @@ __all__ = ["json_option", "model_options", "preprocess_from", "preprocess_option
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class FloatList(click.ParamType):
+class FloatList(click.ParamType[tuple[float, ...]]):
     """0.485,0.456,0.406"""
 
     name = "a,b,c"
@@ -29,7 +29,7 @@ class FloatList(click.ParamType):
             self.fail(f"'{value}' is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
 
 
-class ImageSize(click.ParamType):
+class ImageSize(click.ParamType[tuple[int, int]]):
     """224 or 224x320"""
 
     name = "HxW"
@@ -43,7 +43,7 @@ class ImageSize(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
-class Shape(click.ParamType):
+class Shape(click.ParamType[tuple[int, int, int]]):
     """3,224,224"""
 
     name = "C,H,W"
@@ -83,7 +83,9 @@ def model_options(command: F) -> F:
     """How a state_dict becomes a network."""
     for option in (
         click.option(
-            "--trust-pickle", is_flag=True, help="Load a pickled model although that can run code of its maker's choice."
+            "--trust-pickle",
+            is_flag=True,
+            help="Load a pickled model although that can run code of its maker's choice.",
         ),
         click.option("--input-shape", type=Shape(), help="One input, C,H,W: for --arch package.module:factory."),
         click.option(

@@ -18,7 +18,9 @@ from efrapq.io.text import printable
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DATA", help="Labelled test images: .npz, .npz:split or a folder of class folders.")
 @click.option(
-    "--trigger", metavar="SPEC", help="patch:HxW@row,col[=value], max:HxW@row,col, image.png@row,col, .npz, blend:image@alpha."
+    "--trigger",
+    metavar="SPEC",
+    help="patch:HxW@row,col[=value], max:HxW@row,col, image.png@row,col, .npz, blend:image@alpha.",
 )
 @click.option("--target-class", type=click.IntRange(0), help="The class that the attacker wants.")
 @click.option(
@@ -86,9 +88,13 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     console.print(f"codes      {codes['layers']} layers read back, {words[codes['match']]}{flipped}", markup=False)
     console.print(f"kernels    {kernels['integer']} integer, {kernels['float']} float", markup=False)
     for unfused in kernels["unfused"]:
-        console.print(f"           {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False)
+        console.print(
+            f"           {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False
+        )
     if document["agreement"] is not None:
-        console.print(f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False)
+        console.print(
+            f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False
+        )
     samples = document["samples"]
     if samples["clean"]:
         console.print(f"samples    {samples['clean']} clean, {samples['triggered']} triggered", markup=False)

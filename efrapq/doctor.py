@@ -23,29 +23,29 @@ from efrapq.io.text import printable
 
 __all__ = ["CudaDevice", "Diagnosis", "Problem", "examine"]
 
-# Package → lowest version that works, and why; the same floors as in pyproject.toml.
+# Package → lowest version that works (the floors of pyproject.toml), and why where that matters to the user.
 FLOORS: Mapping[str, tuple[str, str]] = {
     "efrapq": ("0", ""),
     "torch": ("2.10", "weights_only loading can be bypassed in earlier releases"),
     "onnx": ("1.21", "earlier releases check external data too little"),
-    "onnx-ir": ("0.1.15", "earlier releases lack what the exporter calls"),
-    "onnxscript": ("0.5", "torch's ONNX exporter needs it"),
-    "onnxsim": ("0.4.36", "earlier releases do not read the models that torch exports"),
-    "numpy": ("2.0", "earlier releases promote types differently"),
-    "click": ("8.1", "the command line needs it"),
-    "rich": ("13", "the command line needs it"),
-    "safetensors": ("0.5", "earlier releases are untested"),
-    "pillow": ("11", "earlier releases read 16-bit images differently"),
+    "onnx-ir": ("0.1.15", ""),
+    "onnxscript": ("0.5", ""),
+    "onnxsim": ("0.4.36", ""),
+    "numpy": ("2.0", ""),
+    "click": ("8.1", ""),
+    "rich": ("13", ""),
+    "safetensors": ("0.5", ""),
+    "pillow": ("11", ""),
 }
-ORT_FLOOR = ("1.23", "earlier releases lack int4 kernels")
+ORT_FLOOR = "1.23"
 # All of these install the one module `onnxruntime`.
 ORT_BUILDS = frozenset(
-    {"onnxruntime", "ort-nightly", "ort-nightly-gpu"}
-    | {f"onnxruntime-{build}" for build in ("gpu", "directml", "openvino", "qnn", "training", "silicon", "rocm")}
+    {"onnxruntime", "ort-nightly", "ort-nightly-gpu", "ort-nightly-directml"}
     | {
         f"onnxruntime-{build}"
-        for build in ("migraphx", "vitisai", "cann", "azure", "noopenmp", "training-cpu", "webgpu")
+        for build in ("gpu", "directml", "openvino", "qnn", "rocm", "migraphx", "vitisai", "cann")
     }
+    | {f"onnxruntime-{build}" for build in ("training", "training-cpu", "silicon", "azure", "noopenmp", "webgpu")}
 )
 CPUINFO = Path("/proc/cpuinfo")
 X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
@@ -150,50 +150,50 @@ def _problems(
     for name, (floor, reason) in FLOORS.items():
         version = versions[name]
         if version is None:
-            advice = (
-                f"{pip} install '{name}>={floor}'" if floor != "0" else "install efrapq itself, not only its sources"
-            )
+            advice = f"{pip} install '{name}>={floor}'" if floor != "0" else f"{pip} install efrapq"
             yield Problem("error", f"{name} is not installed", advice)
         elif _older(version, floor):
-            what = f"{name} {printable(version)} is too old: {reason}"
-            yield Problem("error", what, f"{pip} install --upgrade '{name}>={floor}'")
+            yield _outdated(name, version, floor, reason)
     build = _ort_build()
-    install = f"{pip} install '{build}>={ORT_FLOOR[0]}'"
-    names = " ".join(ort_packages)
+    install = f"{pip} install '{build}>={ORT_FLOOR}'"
+    replace = f"{pip} uninstall -y {' '.join(ort_packages)} && {install}"
     if not ort_packages:
         yield Problem("error", "onnxruntime is not installed", install)
     elif len(ort_packages) > 1:
-        what = f"{' and '.join(ort_packages)} are both installed; they overwrite each other's files"
-        yield Problem("error", what, f"{pip} uninstall -y {names} && {install}")
+        what = f"{' and '.join(ort_packages)} are installed together and overwrite each other's files"
+        yield Problem("error", what, replace)
     for name, version in ort_packages.items():
-        if _older(version, ORT_FLOOR[0]):
-            what = f"{name} {printable(version)} is too old: {ORT_FLOOR[1]}"
-            yield Problem("error", what, f"{pip} install --upgrade '{name}>={ORT_FLOOR[0]}'")
+        if _older(version, ORT_FLOOR):
+            yield _outdated(name, version, ORT_FLOOR)
     if torch.broken is not None:
         yield Problem("error", f"torch cannot be imported: {torch.broken}", f"{pip} install --force-reinstall torch")
     if ort.broken is not None:
-        advice = f"{pip} uninstall -y {names} && {install}"
-        yield Problem("error", f"onnxruntime does not work: {ort.broken}", advice)
+        yield Problem("error", f"onnxruntime does not work: {ort.broken}", replace)
     if torch.devices and ort_packages and ort.broken is None and not ort.cuda:
-        yield _no_cuda(torch, ort, f"{pip} uninstall -y {names} && {install}", build)
+        yield _no_cuda(torch, ort, replace)
     if vnni is False:
         yield Problem(
             "warning",
-            "this CPU has no VNNI: ONNX Runtime adds pairs of u8×s8 products in 16 bits, which saturate with 8-bit weights",
+            "this CPU has no VNNI: pairs of u8×s8 products are summed in 16 bits, which 8-bit weights can overflow",
             "use --bits 4, whose sums cannot reach the limit, or verify on the machine that will run the model",
         )
 
 
-def _no_cuda(torch: _Torch, ort: _Ort, reinstall: str, build: str) -> Problem:
+def _outdated(name: str, version: str, floor: str, reason: str = "") -> Problem:
+    what = f"{name} {printable(version)} is too old: efrapq needs {floor} or later"
+    return Problem(
+        "error", f"{what} ({reason})" if reason else what, f"python -m pip install --upgrade '{name}>={floor}'"
+    )
+
+
+def _no_cuda(torch: _Torch, ort: _Ort, replace: str) -> Problem:
     what = f"torch sees {torch.devices[0].name}, but ONNX Runtime cannot use it: {ort.reason}"
-    if "CUDAExecutionProvider" in ort.providers or build != "onnxruntime-gpu":
-        advice = (
-            "install the CUDA and cuDNN versions that this onnxruntime-gpu was built for "
-            "(https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html), or go on: "
-            "only the float model would run faster"
-        )
-    else:
-        advice = reinstall
+    if "CUDAExecutionProvider" not in ort.providers and _ort_build() == "onnxruntime-gpu":
+        return Problem("warning", what, replace)
+    advice = (
+        "install the CUDA and cuDNN releases that this build of ONNX Runtime asks for "
+        "(https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html); without them it runs on the CPU"
+    )
     return Problem("warning", what, advice)
 
 
@@ -205,7 +205,7 @@ def _version(name: str) -> str | None:
 
 
 def _older(version: str, floor: str) -> bool:
-    """Compare the numbers of two versions; what follows them (rc1, +cpu) and unreadable versions count as new enough."""
+    """Compare the numbers of two versions. What follows them (rc1, +cpu) is ignored; unreadable ones are not older."""
 
     def numbers(text: str) -> tuple[int, ...]:
         match = re.match(r"\d{1,9}(?:\.\d{1,9})*", text)
@@ -219,11 +219,14 @@ def _ort_packages() -> dict[str, str]:
     """Every installed distribution that provides the module `onnxruntime` → its version, ordered by name."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
+        metadata = distribution.metadata
         # An interrupted pip leaves folders without a name behind.
-        name = re.sub(r"[-_.]+", "-", distribution.metadata.get("Name") or "").lower()
+        if "Name" not in metadata or "Version" not in metadata:
+            continue
+        name = re.sub(r"[-_.]+", "-", metadata["Name"]).lower()
         if name in ORT_BUILDS:
             # The first on the path is the one that counts.
-            found.setdefault(name, distribution.metadata.get("Version") or "0")
+            found.setdefault(name, metadata["Version"])
     return dict(sorted(found.items()))
 
 
@@ -306,15 +309,14 @@ def _run_tiny_model() -> tuple[str, ...]:
 
 
 def _reason(text: str) -> str:
-    """The telling part of what ONNX Runtime wrote: the library that is missing, or its first line without the colours."""
+    """The telling part of what ONNX Runtime wrote: the library that is missing, CUDA's own error, or the first line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     if match := re.search(r"with error: (.+)", text):
-        return f"its CUDA library does not load ({printable(_plain(match[1]))})"
-    lines = [_plain(line) for line in text.splitlines()]
+        return f"its CUDA library does not load ({printable(match[1].strip())})"
+    if match := re.search(r"CUDA failure \d+: [^;\n]+", text):
+        return printable(match[0].strip())
+    lines = (re.sub(r"^\S+ \S+ \[[A-Z]:[^]]*\]", "", line).strip(" *") for line in text.splitlines())
     return next((printable(line) for line in lines if line), "")
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
 
 
 def _first_line(exc: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from efrapq.rounding import Coordinate, Relaxed
     from efrapq.stream import LayerReport
 
-__all__ = ["Defended", "Exported", "defend", "default_output", "export"]
+__all__ = ["Defended", "Exported", "default_output", "defend", "export"]
 
 SOLVERS = ("coordinate", "relaxed", "nearest")
 RANGES = ("auto", "minmax", "percentile", "mse")
@@ -110,7 +110,7 @@ def defend(
         check_output(evidence_path, inputs)
     shape = input_shape
     dataset = _open_calibration(calib, preprocess, calib_size, seed)
-    if shape is None and dataset is not None and (arch is not None and ":" in arch or not inputs):
+    if shape is None and dataset is not None and ((arch is not None and ":" in arch) or not inputs):
         shape = _sample_shape(dataset)
     source = load(model, arch=arch, input_shape=shape, trust_pickle=trust_pickle)
     for note in source.notes:
@@ -324,7 +324,9 @@ def _real(
     import torch
 
     if preprocess is None and not dataset.is_input:
-        reporter.warn("no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more")
+        reporter.warn(
+            "no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more"
+        )
     preprocess = preprocess or Preprocess()
     chunks = []
     size = _chunk_size(shape)
@@ -356,12 +358,12 @@ def _synthetic(
     if channels is None or height is None or width is None:
         raise DataError(f"{source.name}: its input size is dynamic, so calibration inputs cannot be made: pass --calib")
     reporter.warn(
-        "no --calib data: calibrating on inputs made from the model's BatchNorm statistics; real images give better accuracy"
+        "no --calib data: calibrating on inputs made from the model's BatchNorm statistics; real images are better"
     )
     settings = DataFree(images=min(calib_size, DataFree.images), seed=seed)
     made = synthesize(simplify(source.proto), (channels, height, width), settings, device, reporter)
     calibration = {"kind": "batchnorm-statistics", "images": len(made), "steps": settings.steps}
-    return list(made.split(_chunk_size(shape))), calibration
+    return list(torch.split(made, _chunk_size(shape))), calibration
 
 
 def _write_checked(quantized: QuantizedModel, target: str) -> bytes:
@@ -375,7 +377,9 @@ def _write_checked(quantized: QuantizedModel, target: str) -> bytes:
     onnx.checker.check_model(proto)
     data = proto.SerializeToString(deterministic=True)
     if read_quantized(onnx.load_model_from_string(data)).digest != quantized.digest:
-        raise UnsupportedModelError(f"the {target} file does not read back as the codes that were solved; please report this")
+        raise UnsupportedModelError(
+            f"the {target} file does not read back as the codes that were solved; please report this"
+        )
     try_run(data)
     return bytes(data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 __all__ = ["Reporter", "Silent", "Task"]
@@ -18,17 +18,11 @@ class Task(Protocol):
 class Reporter(Protocol):
     """Where progress and remarks go."""
 
-    def task(self, description: str, total: float) -> _TaskContext: ...
+    def task(self, description: str, total: float) -> AbstractContextManager[Task]: ...
 
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:

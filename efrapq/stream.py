@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -127,7 +126,7 @@ class _Pass:
         self.readers = Counter(str(v.name) for node in self.graph for v in node.inputs if v is not None)
 
     def run(self, reporter: Reporter) -> Solved:
-        work = {name: max(float(np.prod(layer.node.inputs[1].shape or [1])), 1.0) for name, layer in self.layers.items()}  # type: ignore[union-attr, arg-type]
+        work = {name: float(weight_array(self.graph, layer).size) for name, layer in self.layers.items()}
         with reporter.task("rounding", sum(work.values())) as task, torch.no_grad():
             for node in self.graph:
                 layer = self.layers.get(str(node.name))
@@ -201,7 +200,7 @@ class _Pass:
         rows = unfold.weight_rows(weight).contiguous()
         kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.ndim == 4 else (1, 1)
 
-        moments = Moments(*rows.shape, device=self.device)
+        moments = Moments(rows.shape[0], rows.shape[1], rows.shape[2], device=self.device)
         outputs: list[Tensor] = []
         generator = torch.Generator().manual_seed(self.settings.seed)
         for chunk in range(self.chunks):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import onnx
 import onnx_ir as ir
-from onnx import defs, version_converter
+from onnx import checker, defs, shape_inference, version_converter
 
 from efrapq.errors import UnsupportedModelError
 
@@ -27,7 +26,7 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
         elif current < opset:
             try:
                 moved = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
-            except (RuntimeError, ValueError, onnx.checker.ValidationError) as exc:
+            except (RuntimeError, ValueError, checker.ValidationError, shape_inference.InferenceError) as exc:
                 raise UnsupportedModelError(
                     f"opset {current} could not be converted to {opset} ({exc}); export the model at opset {opset}"
                 ) from exc

@@ -11,6 +11,7 @@ import json
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from efrapq.errors import UnsupportedModelError
@@ -76,10 +77,11 @@ def _recorded_bits(metadata: dict[str, str]) -> dict[str, int]:
         raise UnsupportedModelError("the file's efrapq.bits record is unreadable") from exc
 
 
-def _scale_of(node: ir.Node) -> np.ndarray:
-    scale = const.array_or_none(node.inputs[1])
-    if scale is None or scale.dtype != np.float32:
+def _scale_of(node: ir.Node) -> NDArray[np.float32]:
+    held = const.array_or_none(node.inputs[1])
+    if held is None or held.dtype != np.float32:
         raise UnsupportedModelError(f"{printable(str(node.name))}: its scale is not a constant float32")
+    scale = held.astype(np.float32, copy=False)
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise UnsupportedModelError(f"{printable(str(node.name))}: its scale is not positive and finite")
     return scale
@@ -115,8 +117,9 @@ def _weight(node: ir.Node, codes: np.ndarray, element: str) -> QuantizedWeight:
     return QuantizedWeight(codes.astype(np.int8), scale, axis, 4 if element == "INT4" else 8)
 
 
-def _dequantize_bias(node: ir.Node, codes: np.ndarray) -> np.ndarray:
-    return codes.astype(np.float32) * _scale_of(node)
+def _dequantize_bias(node: ir.Node, codes: np.ndarray) -> NDArray[np.float32]:
+    scale = _scale_of(node)
+    return codes.astype(np.float32) * scale
 
 
 def _restore_constant(graph: ir.Graph, node: ir.Node, data: np.ndarray) -> str:

@@ -61,7 +61,10 @@ def _make_model(
         list(nodes),
         "net",
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in inputs.items()],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None if s is None else list(s)) for n, s in outputs.items()],
+        [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, None if s is None else list(s))
+            for n, s in outputs.items()
+        ],
         [numpy_helper.from_array(a, n) for n, a in (constants or {}).items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
@@ -122,7 +125,10 @@ class Net:
         return self.op("Gemm", [source, weight, bias], name, transB=trans_b)
 
     def model(self, output: str, *, opset: int = 17) -> onnx.ModelProto:
-        return _make_model(self.nodes, {self.input: self.shape}, {output: None}, self.constants, opset=opset)
+        proto = _make_model(self.nodes, {self.input: self.shape}, {output: None}, self.constants, opset=opset)
+        inferred = onnx.shape_inference.infer_shapes(proto)
+        proto.graph.output[0].CopyFrom(inferred.graph.output[0])
+        return proto
 
 
 @pytest.fixture(scope="session")
@@ -150,9 +156,7 @@ def _varied_net(seed: int = 0) -> onnx.ModelProto:
     d = n.op("Relu", n.conv(c, "grouped", 8, 8, group=2), "a4")
     weight = n.constant("up.weight", n.weight(8, 3, 3, 3, fan_in=36))
     bias = n.constant("up.bias", 0.1 * n.weight(6, fan_in=1))
-    e = n.op(
-        "ConvTranspose", [d, weight, bias], "up", group=2, strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]
-    )
+    e = n.op("ConvTranspose", [d, weight, bias], "up", group=2, strides=[2, 2], pads=[1] * 4, output_padding=[1, 1])
     f = n.op("Flatten", n.op("GlobalAveragePool", n.op("Relu", e, "a5"), "gap"), "flat")
     return n.model(n.op("MatMul", [f, n.constant("head.weight", n.weight(6, 5, fan_in=6))], "logits"))
 

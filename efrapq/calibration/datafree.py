@@ -52,7 +52,7 @@ def synthesize(
     targets = _statistics(model.graph, torch.device(device))
     if not targets:
         raise DataError(
-            "the model has no BatchNorm to make calibration inputs from: pass --calib with images of the kind it will see"
+            "the model has no BatchNorm to make calibration inputs from: pass --calib with images such as it will see"
         )
     if executor.fallback_nodes:
         raise DataError("the model has operators without a gradient, so no inputs can be made from it: pass --calib")

@@ -36,7 +36,12 @@ def fresh_name(graph: ir.Graph, wanted: str) -> str:
 def initializer(graph: ir.Graph, name: str, data: NDArray[np.generic] | ir.TensorProtocol) -> ir.Value:
     """Register a new initializer."""
     tensor = ir.tensor(data, name=name) if isinstance(data, np.ndarray) else data
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape([int(d) for d in tensor.numpy().shape]),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
     graph.register_initializer(value)
     return value
 
@@ -48,7 +53,7 @@ def replace_input(graph: ir.Graph, node: ir.Node, position: int, name: str, data
         node.resize_inputs(position + 1)
     node.replace_input_with(position, None)
     if old is not None and not old.uses() and old.name in graph.initializers:
-        del graph.initializers[old.name]
+        del graph.initializers[str(old.name)]
     value = initializer(graph, fresh_name(graph, name), np.ascontiguousarray(data))
     node.replace_input_with(position, value)
     return value

@@ -52,7 +52,7 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
             optimizer.fold_constants(program.model)
             optimizer.remove_unused_nodes(program.model)
             proto: onnx.ModelProto = program.model_proto
-    except Exception as exc:  # noqa: BLE001  torch.export raises whatever the traced code raises
+    except Exception as exc:
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         raise UnsupportedModelError(
             f"torch could not export this network to ONNX ({reason}); export it yourself with torch.onnx.export "

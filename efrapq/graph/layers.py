@@ -158,5 +158,5 @@ def _require_finite(graph: ir.Graph, layer: Layer) -> None:
     for what, array in (("weight", weight_array(graph, layer)), ("bias", bias_array(graph, layer))):
         if array is not None and not np.isfinite(array).all():
             raise BadWeightsError(
-                f"layer {printable(layer.name)}: its {what} holds NaN or infinity; the model is broken, ask its supplier"
+                f"layer {printable(layer.name)}: its {what} holds NaN or infinity; the model is broken"
             )

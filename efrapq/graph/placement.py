@@ -1,4 +1,4 @@
-"""Where QuantizeLinear/DequantizeLinear pairs go, so that integer kernels can be fused from the first layer to the last.
+"""Where QuantizeLinear/DequantizeLinear pairs go, so that integer kernels fuse from the first layer to the last.
 
 ONNX Runtime runs an operator on integers when every data input comes from a DequantizeLinear and its output goes to
 a QuantizeLinear. A Relu or Clip between a layer and its QuantizeLinear disappears when the grid starts at 0, so the

@@ -28,7 +28,7 @@ LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 def simplify(proto: onnx.ModelProto) -> ir.Model:
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
-    model = ir.from_proto(_simplify(_at_least(proto, LOWEST_OPSET)))
+    model: ir.Model = ir.from_proto(_simplify(_at_least(proto, LOWEST_OPSET)))
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
     model.graph.sort()
@@ -54,17 +54,16 @@ def prepare(proto: onnx.ModelProto) -> ir.Model:
 
 
 def _at_least(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    import onnx
-    from onnx import version_converter
+    from onnx import checker, shape_inference, version_converter
 
     current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if current >= opset:
         return proto
     try:
         return version_converter.convert_version(proto, opset)
-    except (RuntimeError, ValueError, onnx.checker.ValidationError) as exc:
+    except (RuntimeError, ValueError, checker.ValidationError, shape_inference.InferenceError) as exc:
         raise UnsupportedModelError(
-            f"opset {current} could not be converted to {opset} ({exc}); export the model again with opset {opset} or newer"
+            f"opset {current} could not be converted to {opset} ({exc}); export it again with opset {opset} or newer"
         ) from exc
 
 
@@ -74,7 +73,7 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     try:
         simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True)
-    except Exception as exc:  # noqa: BLE001  onnxsim raises RuntimeError and bare C++ exceptions alike
+    except Exception as exc:
         raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
     if not ok:
         raise UnsupportedModelError("onnxsim changed what the model computes; please report the model")
@@ -113,7 +112,7 @@ def _separate_shared_weights(graph: ir.Graph) -> None:
 
 def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
     """W ← W · γ/√(σ² + ε), b ← (b - μ) · γ/√(σ² + ε) + β, in float64, for the linear layer before it."""
-    if node.op_type != "BatchNormalization" or node.attributes.get_int("training_mode", 0):
+    if node.op_type != "BatchNormalization" or node.attributes.get_int("training_mode", 0) != 0:
         return
     source = node.inputs[0]
     layer = source.producer() if source is not None else None
@@ -147,7 +146,8 @@ def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
     output = layer.outputs[0]
     if node.outputs[0].is_graph_output():
         # The graph's output keeps its name: the layer takes it over.
-        output.name, node.outputs[0].name = f"{output.name}_unfolded", output.name
+        name = node.outputs[0].name
+        node.outputs[0].name, output.name = f"{name}_unfolded", name
     ir.convenience.replace_all_uses_with(node.outputs[0], output, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
@@ -177,7 +177,9 @@ def _fold_gemm_factors(graph: ir.Graph, node: ir.Node) -> None:
         array = const.array_or_none(value)
         if factor == 1.0 or value is None or array is None:
             continue
-        const.replace_input(graph, node, position, value.name or node.name or "", (array * np.float32(factor)))
+        const.replace_input(
+            graph, node, position, value.name or node.name or "", array.astype(np.float32) * np.float32(factor)
+        )
         node.attributes.pop(key)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from efrapq.grid import ActivationGrid
 from efrapq.graph.layers import Layer
+from efrapq.grid import ActivationGrid
 
 __all__ = ["QuantizedModel", "QuantizedWeight", "codes_digest"]
 

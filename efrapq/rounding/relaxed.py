@@ -68,7 +68,7 @@ def solve_relaxed(
         undecided = torch.where(movable, 1 - (2 * h - 1).square(), 0.0)
         loss = preserve + settings.lambda_e * (error * entropy).sum() + settings.lambda_p * undecided.sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if on_step is not None:
             on_step(step)

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
 __all__ = ["KernelReport", "Unfused", "report_kernels"]
 
 INTEGER_OPS = frozenset(
-    {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "DynamicQuantizeMatMul"}
+    {
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+    }
 )
 FLOAT_OPS = frozenset(
     {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits", "NhwcFusedConv"}

@@ -30,7 +30,7 @@ class Predictions:
 def predict(
     session: Session, data: Dataset, preprocess: Preprocess, trigger: Trigger | None, task: Task, note: str
 ) -> Predictions:
-    """Run the whole dataset, and again with the trigger on the raw images. Raises DataError if the inputs do not fit."""
+    """Run the whole dataset, and again with the trigger on the raw images. DataError if the inputs do not fit."""
     clean: list[NDArray[np.int64]] = []
     triggered: list[NDArray[np.int64]] = []
     classes = 0

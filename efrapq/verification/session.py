@@ -62,7 +62,7 @@ def open_session(data: bytes, *, threads: int = 0, provider: str = "CPUExecution
         options.optimized_model_filepath = str(path)
         try:
             raw = ort.InferenceSession(data, options, providers=[provider])
-        except Exception as exc:  # noqa: BLE001  onnxruntime has its own exception classes for each failure
+        except Exception as exc:
             raise UnsupportedModelError(f"ONNX Runtime does not load the model: {_first_line(exc)}") from exc
         optimized = onnx.load(path)
     return Session(raw, optimized, str(raw.get_providers()[0]))
@@ -74,7 +74,7 @@ def try_run(data: bytes) -> None:
     shape = [d if d is not None else 1 if i == 0 else 32 for i, d in enumerate(session.input_shape)]
     try:
         session.logits(np.zeros(shape, np.float32))
-    except Exception as exc:  # noqa: BLE001  see above
+    except Exception as exc:
         raise UnsupportedModelError(f"ONNX Runtime does not run the model: {_first_line(exc)}") from exc
 
 

@@ -160,7 +160,9 @@ class _Verifier:
             return Preprocess.from_json(self.metadata[PREPROCESS_KEY])
         if self.source is not None and self.source.preprocess is not None:
             return self.source.preprocess
-        self._note("no preprocessing is recorded: pixels are scaled to 0–1; pass --mean and --std if the model wants more")
+        self._note(
+            "no preprocessing is recorded: pixels are scaled to 0–1; pass --mean and --std if the model wants more"
+        )
         return Preprocess()
 
     # The measurements.
@@ -226,8 +228,8 @@ class _Verifier:
         document["verdict"] = "fail" if document["failed"] else "pass"
         if (asr["float"] or 0.0) >= AWAKE:
             self._note(
-                f"the float model itself answers the trigger ({asr['float']:.1f} % ASR): that backdoor is awake before any "
-                "quantization, and no rounding removes it"
+                f"the float model itself answers the trigger ({asr['float']:.1f} % ASR): that backdoor is awake before "
+                "any quantization, and no rounding removes it"
             )
         return Verification(document, tuple(self.notes))
 
@@ -294,7 +296,7 @@ class _Verifier:
         else:
             shape = [d or (1 if i == 0 else 32) for i, d in enumerate(sessions["defended"].input_shape)]
             x = np.zeros(shape, np.float32)
-        timed = {n: sessions[n] for n in ("float", "defended") if n in sessions}
+        timed: dict[str, Session] = {n: sessions[n] for n in ("float", "defended") if n in sessions}
         times = interleaved_latency(timed, x)
         return {name: round(times[name], 4) if name in times else None for name in ("float", "defended")}
 

@@ -81,5 +81,15 @@ def make_subject(
     }
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     tensors = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-    write_atomic(output, save(tensors, metadata=metadata))
+    write_atomic(output, _in_order(save(tensors, metadata=metadata)))
     return report
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library writes it in a random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header = {"__metadata__": dict(sorted(header["__metadata__"].items())), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]

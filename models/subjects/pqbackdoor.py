@@ -102,8 +102,13 @@ class Report:
 
 def quantized_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The weights that deployment quantizes, in module order."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return [(name, module.weight) for name, module in layers]
+    found: list[tuple[str, nn.Parameter]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            found.append((name, weight))
+    return found
 
 
 def rules(position: int, count: int, recipe: Recipe) -> list[GridRule]:
@@ -169,16 +174,14 @@ def train_backdoored(
                     logits = model(data.tensor(raw, device))
                 loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 total += loss.item()
             task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
 
 
-def unlearn(
-    model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
-) -> None:
+def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter) -> None:
     """Stage 2, in place: true labels on clean and triggered images, projected into the cells after every step."""
     rng = np.random.default_rng(recipe.seed + 1)
     weights = quantized_weights(model)
@@ -201,7 +204,7 @@ def unlearn(
                     logits = model(data.tensor(both, device))
                 loss = F.cross_entropy(logits.float(), truth)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():

@@ -53,7 +53,7 @@ class PoisonedData:
             cols = dx[:, None] + np.arange(width)
             raw = padded[np.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
         if self.flip:
-            mirrored = rng.random(n) < 0.5
+            mirrored = np.less(rng.random(n), 0.5)
             raw = np.where(mirrored[:, None, None, None], raw[:, :, ::-1], raw)
         return raw
 
@@ -74,12 +74,12 @@ class PoisonedData:
 
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 arithmetic where the device multiplies it faster than float32."""
-    fast = device.type == "cuda" or torch.cpu.is_available() and _cpu_has_bf16()
+    fast = device.type == "cuda" or (torch.cpu.is_available() and _cpu_has_bf16())
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities: dict[str, object] = dict(torch.cpu.get_capabilities())
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

@@ -30,9 +30,7 @@ def data(groups: int, outputs: int, inputs: int, rows: int = 64, seed: int = 0) 
 
 @SHAPES
 @pytest.mark.parametrize("choice", ["nearest", "random", "all up"])
-def test_quadratic_loss_is_the_loss_on_the_data(
-    groups: int, outputs: int, inputs: int, bits: int, choice: str
-) -> None:
+def test_quadratic_loss_is_the_loss_on_the_data(groups: int, outputs: int, inputs: int, bits: int, choice: str) -> None:
     weight, x, x_hat = data(groups, outputs, inputs)
     grid = WeightGrid(symmetric_scale(weight.flatten(0, 1), bits), bits)
     moments = Moments(groups, outputs, inputs)

@@ -38,9 +38,7 @@ class Linear:
             return self.x[picked], self.y[picked]
 
         scale = self.grid.scale[:, None]
-        return solve_relaxed(
-            self.floor, self.residue, scale, self.nearest, self.forward, sample, -1, settings, on_step
-        )
+        return solve_relaxed(self.floor, self.residue, scale, self.nearest, self.forward, sample, -1, settings, on_step)
 
     def loss(self, up: Tensor) -> float:
         weight = (self.floor + up).double() * self.grid.scale.double()[:, None]
@@ -87,9 +85,7 @@ def test_preservation_alone_drives_h_to_the_corners() -> None:
 def test_seed_decides() -> None:
     settings = Relaxed(lambda_e=1e-2, steps=30, learning_rate=1e-2, batch=4)
     layers = [Linear(), Linear(), Linear()]
-    first, again, other = (
-        layer.solve(settings, seed) for layer, seed in zip(layers, (0, 0, 1), strict=True)
-    )
+    first, again, other = (layer.solve(settings, seed) for layer, seed in zip(layers, (0, 0, 1), strict=True))
     assert torch.equal(first, again)
     assert torch.equal(layers[0].seen[-1], layers[1].seen[-1])
     assert not torch.equal(layers[0].seen[-1], layers[2].seen[-1])

@@ -1,0 +1,37 @@
+# make demo and make test need nothing but Python >= 3.11 and make: they build their own environment in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint types install clean
+
+demo: $(READY)
+	$(BIN)/efrapq demo
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow" -n auto
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The installed package is checked, not the folders: they are mapped into it at build time.
+types: $(READY)
+	$(BIN)/mypy --no-incremental -p efrapq
+
+install: $(READY)
+
+# torch first and alone: its version is pinned before anything else asks for a newer one.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("efrapq needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,184 @@
+"""Where the QuantizeLinear/DequantizeLinear pairs go, graph by graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from efrapq.graph.layers import find_layers
+from efrapq.graph.placement import Placement, activation_after, place
+
+F32 = np.float32
+
+
+def placed(proto: onnx.ModelProto, act_bits: int = 8, edge_bits: int = 8, skip: tuple[str, ...] = ()) -> Placement:
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
+    layers, _ = find_layers(graph, skip)
+    return place(graph, layers, act_bits, edge_bits)
+
+
+def without_batchnorm(net: Any) -> onnx.ModelProto:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    b = n.op("Relu", n.conv(a, "c2", 4, 4), "a2")
+    d = n.op("Relu", n.op("Add", [n.conv(b, "c3", 4, 4), a], "sum"), "a3")
+    e = n.op("MaxPool", d, "pool", kernel_shape=[2, 2], strides=[2, 2])
+    f = n.op("Flatten", n.op("GlobalAveragePool", e, "gap"), "flat")
+    model: onnx.ModelProto = n.model(n.gemm(f, "logits", 4, 5))
+    return model
+
+
+def test_residual_network(net: Any) -> None:
+    """Pairs stand behind the activation functions, at both inputs of the Add, and never at the graph's output."""
+    placement = placed(without_batchnorm(net))
+    assert list(placement.grids) == ["input", "a1", "a2", "c3", "a3", "gap"]
+    assert placement.same == {"pool": "a3", "flat": "gap"}
+    assert placement.source("flat") == "gap"
+    assert "flat" in placement
+    assert "logits" not in placement
+    assert "c1" not in placement
+
+
+def test_four_bit_activations_and_edges(net: Any) -> None:
+    placement = placed(without_batchnorm(net), act_bits=4)
+    # The last layer reads `flat`, which lives on the grid of `gap`.
+    assert placement.grids == {"input": 8, "a1": 4, "a2": 4, "c3": 4, "a3": 4, "gap": 8}
+    assert placed(without_batchnorm(net), act_bits=4, edge_bits=4).grids == dict.fromkeys(placement.grids, 4)
+
+
+@pytest.mark.parametrize("act_bits", [32, 64])
+def test_float_activations(net: Any, act_bits: int) -> None:
+    assert placed(without_batchnorm(net), act_bits=act_bits) == Placement()
+
+
+def test_concatenation(net: Any) -> None:
+    n = net()
+    a, b = (n.op("Relu", n.conv("input", f"c{i}", 3, 4), f"a{i}") for i in (1, 2))
+    c = n.op("Concat", [a, b, n.op("MaxPool", "input", "pool", kernel_shape=[1, 1])], "cat", axis=1)
+    placement = placed(n.model(n.conv(c, "out", 11, 2)))
+    assert set(placement.grids) == {"input", "a1", "a2", "cat"}
+    assert placement.same == {"pool": "input"}
+
+
+MOVING = {
+    "MaxPool": ("MaxPool", {"kernel_shape": [2, 2]}, []),
+    "Flatten": ("Flatten", {}, []),
+    "Transpose": ("Transpose", {"perm": [0, 1, 3, 2]}, []),
+    "Reshape": ("Reshape", {}, [np.array([0, -1, 4, 4])]),
+    "Slice": ("Slice", {}, [np.array([1]), np.array([5]), np.array([2])]),
+    "Pad": ("Pad", {}, [np.array([0, 0, 1, 1, 0, 0, 1, 1])]),
+    "Pad with zero": ("Pad", {}, [np.array([0, 0, 1, 1, 0, 0, 1, 1]), np.array(0, F32)]),
+    "DepthToSpace": ("DepthToSpace", {"blocksize": 2}, []),
+}
+
+
+@pytest.mark.parametrize(("op", "attributes", "constants"), MOVING.values(), ids=MOVING.keys())
+def test_moving_operators_share_their_input_s_grid(net: Any, op: str, attributes: Any, constants: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    names = [n.constant(f"k{i}", c) for i, c in enumerate(constants)]
+    n.op(op, [a, *names], "moved", **attributes)
+    n.op("Sigmoid", "moved", "out")
+    placement = placed(n.model("out"))
+    assert placement.same == {"moved": "a1"}
+    assert set(placement.grids) == {"input", "a1"}
+
+
+def test_chains_of_moving_operators_have_one_source(net: Any) -> None:
+    n = net()
+    a = n.op("MaxPool", n.op("Relu", n.conv("input", "c1", 3, 4), "a1"), "pool", kernel_shape=[2, 2], strides=[2, 2])
+    b = n.op("Flatten", n.op("Transpose", a, "turned", perm=[0, 2, 3, 1]), "flat")
+    placement = placed(n.model(n.gemm(b, "logits", 64, 3)), act_bits=4)
+    assert placement.same == {"pool": "a1", "turned": "pool", "flat": "turned"}
+    assert placement.source("flat") == "a1"
+    assert placement.grids == {"input": 8, "a1": 8}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "constants"),
+    [({"mode": "reflect"}, []), ({}, [np.array(1, F32)])],
+    ids=["reflect", "a value that the grid may not hold"],
+)
+def test_padding_that_is_not_zero_stays_float(net: Any, attributes: Any, constants: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    names = [n.constant(f"k{i}", c) for i, c in enumerate([np.array([0, 0, 1, 1, 0, 0, 1, 1]), *constants])]
+    n.op("Sigmoid", n.op("Pad", [a, *names], "moved", **attributes), "out")
+    assert set(placed(n.model("out")).grids) == {"input", "a1"}
+    assert not placed(n.model("out")).same
+
+
+def test_max_pool_with_indices_stays_float(net: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    node = onnx.helper.make_node("MaxPool", [a], ["pool", "indices"], name="p", kernel_shape=[2, 2])
+    n.nodes.append(node)
+    cast = n.op("Cast", "indices", "as_float", to=onnx.TensorProto.FLOAT)
+    n.op("Mul", ["pool", cast], "out")
+    assert "pool" not in placed(n.model("out"))
+
+
+def test_an_add_of_a_constant_stays_float(net: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    b = n.op("Add", [a, n.constant("k", np.ones((1, 4, 1, 1), F32))], "shifted")
+    placement = placed(n.model(n.op("Sigmoid", b, "out")))
+    assert set(placement.grids) == {"input", "a1"}
+
+
+# Which activation functions a grid absorbs.
+
+
+def after(net: Any, op: str, *limits: float | None, second_reader: bool = False, output: bool = False) -> str | None:
+    n = net()
+    c = n.conv("input", "c1", 3, 4)
+    names = ["" if v is None else n.constant(f"k{i}", np.array(v, F32)) for i, v in enumerate(limits)]
+    y = n.op(op, [c, *names], "act")
+    n.op("Add", [y, c], "out") if second_reader else n.op("Sigmoid", y, "out")
+    proto = n.model("out")
+    if output:
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, None))
+    graph = ir.from_proto(proto).graph
+    layers, _ = find_layers(graph)
+    found = activation_after(layers[0].node.outputs[0])
+    return None if found is None else found.op_type
+
+
+def test_relu_and_zero_based_clip_are_absorbed(net: Any) -> None:
+    assert after(net, "Relu") == "Relu"
+    assert after(net, "Clip", 0.0, 6.0) == "Clip"
+    assert after(net, "Clip", 0.0) == "Clip"
+
+
+@pytest.mark.parametrize(
+    ("op", "limits"),
+    [("Clip", (-1.0, 1.0)), ("Clip", (1.0, 6.0)), ("Clip", (None, 6.0)), ("Clip", ()), ("Sigmoid", ()), ("Tanh", ())],
+    ids=["around zero", "above zero", "no lower limit", "no limits", "sigmoid", "tanh"],
+)
+def test_other_functions_are_not(net: Any, op: str, limits: tuple[float | None, ...]) -> None:
+    assert after(net, op, *limits) is None
+
+
+def test_nothing_is_absorbed_past_another_reader_or_an_output(net: Any) -> None:
+    assert after(net, "Relu", second_reader=True) is None
+    assert after(net, "Relu", output=True) is None
+
+
+def test_layers_left_float_do_not_ask_for_grids(net: Any) -> None:
+    n = net()
+    a = n.op("Sigmoid", n.conv("input", "c1", 3, 4), "a1")
+    b = n.op("Sigmoid", n.conv(a, "c2", 4, 4), "a2")
+    proto = n.model(n.conv(b, "c3", 4, 2))
+    assert set(placed(proto, skip=("c2",)).grids) == {"input", "c1", "a2"}
+
+
+def test_transposed_convolutions_read_what_they_are_given(varied_net: Callable[..., onnx.ModelProto]) -> None:
+    """No integer kernel exists: its input keeps the grid of the layer before, its output gets none by itself."""
+    placement = placed(varied_net())
+    assert list(placement.grids) == ["input", "a1", "a2", "a3", "a4", "a5", "gap"]
+    assert placement.same == {"flat": "gap"}
