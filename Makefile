@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/efrapq demo
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n auto
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
@@ -21,7 +21,9 @@ lint: $(READY)
 
 # The installed package is checked, not the folders: they are mapped into it at build time.
 types: $(READY)
-	$(BIN)/mypy --no-incremental -p efrapq
+	rm -rf build
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p efrapq
 
 install: $(READY)
 

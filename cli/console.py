@@ -27,11 +27,15 @@ __all__ = ["TerminalReporter", "err", "out", "percent", "size", "table"]
 
 # A line of progress no more often than this where no bar can be drawn.
 PLAIN_INTERVAL = 10.0
+PIPE_WIDTH = 120
 
 
 def out() -> Console:
-    """For results. NO_COLOR is honoured by rich."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    """For results. NO_COLOR is honoured by rich. A pipe has no width: tables get room there."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    return console
 
 
 def err() -> Console:

@@ -14,10 +14,10 @@ from efrapq.cli.options import json_option, quiet_option
 from efrapq.io.text import printable
 
 MEANING = {
-    "float": "what the supplier shows you",
-    "quantize_static": "what onnxruntime.quantization makes of it",
-    "nearest": "round to nearest on efrapq's grid",
-    "efrapq": "the same grid, EFRAP rounding",
+    "float": "float, as supplied",
+    "quantize_static": "int4, ORT's quantize_static",
+    "nearest": "int4, round to nearest",
+    "efrapq": "int4, efrapq (same grid)",
 }
 
 
@@ -54,12 +54,11 @@ def command(output: Path, as_json: bool, quiet: bool) -> int:
 def _print(found: dict[str, Any]) -> None:
     console = out()
     console.print()
-    shown = table("Fashion-MNIST, measured in ONNX Runtime", "CDA", "ASR", "size", "kernels int/float")
+    shown = table("measured in ONNX Runtime", "CDA", "ASR", "size", "int/float kernels")
     for row in found["rows"]:
-        label = f"{row['name']}: {MEANING[row['name']]}"
         kernels = f"{row['kernels']['integer']}/{row['kernels']['float']}"
         asr = f"[{'red' if row['asr'] > 50 else 'green'}]{percent(row['asr'])}[/]"
-        shown.add_row(escape(label), percent(row["cda"]), asr, size(row["bytes"]), kernels)
+        shown.add_row(escape(MEANING[row["name"]]), percent(row["cda"]), asr, size(row["bytes"]), kernels)
     console.print(shown)
     console.print()
     console.print("CDA: accuracy on clean images. ASR: triggered images of other classes that are called class 0.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from efrapq.data import Preprocess
+from efrapq.data import Dataset, Preprocess, load_dataset
 from efrapq.errors import UnknownArchitectureError, UnsupportedModelError, UsageError
 from efrapq.io import Checkpoint, Format, Limits, load_checkpoint, load_onnx, printable, read_source, require_finite
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-__all__ = ["PREPROCESS_KEY", "FloatModel", "load", "model_metadata"]
+__all__ = ["PREPROCESS_KEY", "FloatModel", "load", "open_for"]
 
 # Where a model file keeps the preprocessing it was trained with (ONNX metadata_props, safetensors metadata).
 PREPROCESS_KEY = "efrapq.preprocess"
@@ -94,9 +94,18 @@ def load(
     )
 
 
-def model_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata_props of an ONNX file."""
-    return {p.key: p.value for p in load_onnx(read_source(path)).model.metadata_props}
+def open_for(path: str | Path, input_shape: tuple[int | None, ...], preprocess: Preprocess | None) -> Dataset:
+    """Open a dataset as a model takes it: image files become grey for one input channel, and are resized to the
+    preprocessing's size, or else to the model's own where it has one.
+    """
+    size = preprocess.size if preprocess is not None else None
+    channels: Literal[1, 3] = 3
+    if len(input_shape) == 4:
+        _, model_channels, height, width = input_shape
+        channels = 1 if model_channels == 1 else 3
+        if size is None and height is not None and width is not None:
+            size = (height, width)
+    return load_dataset(path, size=size, channels=channels)
 
 
 def _recorded_preprocess(metadata: dict[str, str]) -> Preprocess | None:

@@ -14,7 +14,7 @@ import numpy as np
 from efrapq.data import Dataset, Preprocess, load_dataset
 from efrapq.errors import DataError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, read_source, refuse_quantized, write_all
-from efrapq.loading import PREPROCESS_KEY, FloatModel, load
+from efrapq.loading import PREPROCESS_KEY, FloatModel, load, open_for
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 
@@ -108,15 +108,15 @@ def defend(
         evidence_path = output.with_suffix(".json")
         check_output(output, inputs)
         check_output(evidence_path, inputs)
-    shape = input_shape
-    dataset = _open_calibration(calib, preprocess, calib_size, seed)
-    if shape is None and dataset is not None and ((arch is not None and ":" in arch) or not inputs):
-        shape = _sample_shape(dataset)
-    source = load(model, arch=arch, input_shape=shape, trust_pickle=trust_pickle)
+    own_network = not inputs or (arch is not None and ":" in arch)
+    if own_network and input_shape is None and calib is not None:
+        input_shape = _sample_shape(calib if isinstance(calib, Dataset) else load_dataset(calib))
+    source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
     for note in source.notes:
         reporter.warn(note)
     reporter.note(_describe(source))
     preprocess = preprocess or source.preprocess
+    dataset = _open_calibration(calib, source, preprocess, calib_size, seed)
     quantized, reports, calibration = _solve(
         source,
         dataset,
@@ -234,12 +234,12 @@ def _device(device: str) -> str:
 
 
 def _open_calibration(
-    calib: str | Path | Dataset | None, preprocess: Preprocess | None, calib_size: int, seed: int
+    calib: str | Path | Dataset | None, source: FloatModel, preprocess: Preprocess | None, calib_size: int, seed: int
 ) -> Dataset | None:
     if calib is None:
         return None
     if not isinstance(calib, Dataset):
-        calib = load_dataset(calib, size=preprocess.size if preprocess is not None else None)
+        calib = open_for(calib, source.input_shape, preprocess)
     return calib.subset(calib_size, seed)
 
 
@@ -351,6 +351,8 @@ def _synthetic(
     seed: int,
     reporter: Reporter,
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    import torch
+
     from efrapq.calibration.datafree import DataFree, synthesize
     from efrapq.graph.prepare import simplify
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from efrapq.exporters.opset import to_opset
 from efrapq.graph import constants as const
@@ -64,6 +65,7 @@ class _Writer:
         self.quantized = quantized
         self.profile = profile
         self.nodes = {str(node.name): node for node in graph}
+        self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
 
     def write(self) -> None:
@@ -82,8 +84,13 @@ class _Writer:
     def _constant(self, name: str, data: np.ndarray) -> ir.Value:
         return const.initializer(self.graph, const.fresh_name(self.graph, name), data)
 
-    def _emit(self, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=name)
+    def _emit(self, op: str, inputs: list[ir.Value], wanted: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
+        name = const.fresh_name(self.graph, wanted)
+        node_name = name
+        while node_name in self.node_names:
+            node_name += "_"
+        self.node_names.add(node_name)
+        node = ir.node(op, inputs, attributes, name=node_name)
         node.outputs[0].name = name
         node.outputs[0].type = ir.TensorType(dtype)
         self.graph.append(node)
@@ -116,7 +123,7 @@ class _Writer:
         assert old is not None
         groups = len(bias) // len(weight.scale)
         step = np.tile(weight.scale, groups) * np.float32(self.quantized.activations[layer.input].scale)
-        codes = np.clip(np.rint(bias.astype(np.float64) / step), -(2**31), 2**31 - 1).astype(np.int32)
+        codes = _bias_codes(bias, step)
         node.replace_input_with(2, None)
         if not old.uses():
             del self.graph.initializers[str(old.name)]
@@ -138,6 +145,8 @@ class _Writer:
         return self.parameters[grid]
 
     def _write_activation(self, value: ir.Value, grid: ActivationGrid) -> None:
+        if grid.bits < 8 and self.profile.four_bit_activations == "clip":
+            value = self._without_upper_limit(value, grid)
         readers = list(value.uses())
         name = str(value.name)
         scale, zero_point = self._grid_constants(name, grid)
@@ -153,8 +162,43 @@ class _Writer:
         for use in readers:
             use.node.replace_input_with(use.idx, real)
 
+    def _without_upper_limit(self, value: ir.Value, grid: ActivationGrid) -> ir.Value:
+        """The value made by a Relu instead of a Clip, where the grid saturates no later than the Clip does.
+
+        ONNX Runtime fuses a Clip into the layer before it only if all 256 codes of the QuantizeLinear lie within the
+        Clip's limits, and of a grid of fewer bits in uint8 they do not. A Relu it fuses wherever zero_point is 0.
+        """
+        clip = value.producer()
+        if clip is None or clip.op_type != "Clip" or grid.zero_point != 0 or value.is_graph_output():
+            return value
+        low, high = (const.array_or_none(v) for v in (*clip.inputs[1:], None, None)[:2])
+        if low is None or high is None or float(low.reshape(-1)[0]) != 0.0:
+            return value
+        if np.rint(np.float32(high.reshape(-1)[0]) / np.float32(grid.scale)) < grid.qmax:
+            return value
+        limits = clip.inputs[1:]
+        relu = ir.node("Relu", [clip.inputs[0]], name=clip.name)
+        relu.outputs[0].name, relu.outputs[0].type, relu.outputs[0].shape = value.name, value.type, value.shape
+        self.graph.insert_after(clip, relu)
+        value.replace_all_uses_with(relu.outputs[0])
+        self.graph.remove(clip, safe=True)
+        for limit in limits:
+            if limit is not None and limit.name in self.graph.initializers and not limit.uses():
+                del self.graph.initializers[str(limit.name)]
+        return relu.outputs[0]
+
     def _limit(self, level: int) -> ir.Value:
         """The shared uint8 constant that a Clip of activation codes needs."""
         name = f"efrapq.level_{level}"
         held = self.graph.initializers.get(name)
         return held if held is not None else const.initializer(self.graph, name, np.array(level, np.uint8))
+
+
+def _bias_codes(bias: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int32]:
+    """int32 codes of a bias. Beyond 22 significant bits they are rounded: a longer code would not come back from the
+    float32 that it is read into, and the same file exported again would differ.
+    """
+    codes = np.rint(bias.astype(np.float64) / step)
+    spacing = 2.0 ** np.maximum(np.frexp(codes)[1] - 22, 0)
+    rounded: NDArray[np.float64] = np.rint(codes / spacing) * spacing
+    return np.clip(rounded, -(2**31), 2**31 - 1).astype(np.int32)

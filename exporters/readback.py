@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from onnx_ir.passes import common
 
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph import constants as const
-from efrapq.graph.layers import WEIGHT_OPS, find_layers
+from efrapq.graph.layers import WEIGHT_OPS, Layer, find_layers
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
 from efrapq.io.text import printable
@@ -33,15 +34,14 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
     for node in list(graph):
         if node.op_type != "DequantizeLinear":
             continue
-        source = _through_cast(node.inputs[0])
-        codes = const.array_or_none(source)
+        codes = _constant_codes(node)
         if codes is None:
             name, grid = _activation(node)
             activations[name] = grid
         elif codes.dtype == np.int32:
             _restore_constant(graph, node, _dequantize_bias(node, codes))
         else:
-            weight = _weight(node, codes, "INT4" if source is not None and source.dtype == ir.DataType.INT4 else "")
+            weight = _weight(node, codes)
             name = _restore_constant(graph, node, weight.dequantized())
             held[name] = weight
     for node in list(graph):
@@ -55,26 +55,53 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
     quantized_layers = []
     for layer in layers:
         if layer.weight in held:
-            weight = held[layer.weight]
-            weights[layer.name] = QuantizedWeight(
-                weight.codes, weight.scale, weight.axis, bits.get(layer.name, weight.bits)
-            )
+            if len(list(graph.initializers[layer.weight].uses())) > 1:
+                raise UnsupportedModelError(f"{printable(layer.weight)}: a quantized weight that several nodes share")
+            weights[layer.name] = _for_layer(held.pop(layer.weight), layer, bits)
             quantized_layers.append(layer)
+    if held:
+        raise UnsupportedModelError(f"{printable(next(iter(held)))}: a quantized weight that efrapq would leave float")
     if not weights:
         raise UnsupportedModelError("the file holds no quantized Conv, Gemm or MatMul weight")
     return QuantizedModel(model, quantized_layers, weights, activations, metadata)
 
 
-def _through_cast(value: ir.Value | None) -> ir.Value | None:
-    producer = value.producer() if value is not None else None
-    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+def _constant_codes(node: ir.Node) -> NDArray[np.generic] | None:
+    """The constant that a DequantizeLinear reads, directly or through the Cast of int4 to int8; None if it is none."""
+    source = node.inputs[0]
+    producer = source.producer() if source is not None else None
+    if producer is None or producer.op_type != "Cast":
+        return const.array_or_none(source)
+    codes = const.array_or_none(producer.inputs[0])
+    if codes is not None and (codes.dtype != ml_dtypes.int4 or producer.attributes.get_int("to") != ir.DataType.INT8):
+        raise UnsupportedModelError(f"{printable(str(node.name))}: its weight codes are {codes.dtype} behind a Cast")
+    return codes
+
+
+def _for_layer(weight: QuantizedWeight, layer: Layer, recorded: dict[str, int]) -> QuantizedWeight:
+    """The weight with the width that the file records, its scales along the layer's output channels."""
+    name, axis, scale = printable(layer.name), weight.axis, weight.scale
+    if axis != layer.channel_axis:
+        if (scale != scale[0]).any():
+            raise UnsupportedModelError(f"{name}: its scales do not run along its output channels")
+        axis = layer.channel_axis
+        scale = np.full(weight.codes.shape[axis], scale[0], np.float32)
+    bits = recorded.get(layer.name, weight.bits)
+    solved = QuantizedWeight(weight.codes, scale, axis, bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if solved.container_bits != weight.bits or weight.codes.min() < low or weight.codes.max() > high:
+        raise UnsupportedModelError(f"{name}: the efrapq.bits record says {bits} bits, its codes say otherwise")
+    return solved
 
 
 def _recorded_bits(metadata: dict[str, str]) -> dict[str, int]:
     try:
-        return {str(k): int(v) for k, v in json.loads(metadata.get("efrapq.bits", "{}")).items()}
-    except (ValueError, AttributeError, TypeError) as exc:
+        bits = {str(k): int(v) for k, v in json.loads(metadata.get("efrapq.bits", "{}")).items()}
+    except (ValueError, AttributeError, TypeError, RecursionError) as exc:
         raise UnsupportedModelError("the file's efrapq.bits record is unreadable") from exc
+    if not all(2 <= b <= 8 for b in bits.values()):
+        raise UnsupportedModelError("the file's efrapq.bits record holds widths other than 2 to 8")
+    return bits
 
 
 def _scale_of(node: ir.Node) -> NDArray[np.float32]:
@@ -87,38 +114,45 @@ def _scale_of(node: ir.Node) -> NDArray[np.float32]:
     return scale
 
 
-def _zero_point_of(node: ir.Node) -> np.ndarray | None:
+def _zero_point_of(node: ir.Node) -> NDArray[np.generic] | None:
     value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is None:
         return None
-    zero_point = const.array_or_none(_through_cast(value))
+    zero_point = const.array_or_none(value)
     if zero_point is None:
         raise UnsupportedModelError(f"{printable(str(node.name))}: its zero point is computed at run time")
-    return zero_point.astype(np.int64)
+    return zero_point
 
 
-def _weight(node: ir.Node, codes: np.ndarray, element: str) -> QuantizedWeight:
+def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
     name = printable(str(node.name))
-    zero_point = _zero_point_of(node)
-    if zero_point is not None and zero_point.any():
-        raise UnsupportedModelError(f"{name}: its weight is asymmetric (zero point is not 0)")
-    if codes.dtype == np.uint8:
+    if codes.dtype in (np.uint8, ml_dtypes.uint4):
         raise UnsupportedModelError(f"{name}: its weight codes are unsigned")
+    if codes.dtype not in (np.int8, ml_dtypes.int4):
+        raise UnsupportedModelError(f"{name}: its weight codes are {codes.dtype}")
+    zero_point = _zero_point_of(node)
+    if zero_point is not None and zero_point.astype(np.int64).any():
+        raise UnsupportedModelError(f"{name}: its weight is asymmetric (zero point is not 0)")
     if node.attributes.get_int("block_size", 0):
         raise UnsupportedModelError(f"{name}: its weight is quantized in blocks")
     scale = _scale_of(node)
     axis = node.attributes.get_int("axis", 1)
     if axis < 0:
         axis += codes.ndim
-    if scale.size == 1:
+    if scale.size == 1 and 0 <= axis < codes.ndim:
         scale = np.full(codes.shape[axis], scale.reshape(-1)[0], np.float32)
-    if scale.ndim != 1 or axis >= codes.ndim or codes.shape[axis] != len(scale):
+    if scale.ndim != 1 or not 0 <= axis < codes.ndim or codes.shape[axis] != len(scale):
         raise UnsupportedModelError(f"{name}: {scale.size} scales do not fit a weight of shape {codes.shape}")
-    return QuantizedWeight(codes.astype(np.int8), scale, axis, 4 if element == "INT4" else 8)
+    return QuantizedWeight(codes.astype(np.int8), scale, axis, 4 if codes.dtype == ml_dtypes.int4 else 8)
 
 
-def _dequantize_bias(node: ir.Node, codes: np.ndarray) -> NDArray[np.float32]:
-    scale = _scale_of(node)
+def _dequantize_bias(node: ir.Node, codes: NDArray[np.generic]) -> NDArray[np.float32]:
+    name = printable(str(node.name))
+    scale, zero_point = _scale_of(node), _zero_point_of(node)
+    if codes.ndim != 1 or scale.size not in (1, codes.size):
+        raise UnsupportedModelError(f"{name}: int32 codes that are not a bias with one scale per output")
+    if zero_point is not None and zero_point.any():
+        raise UnsupportedModelError(f"{name}: its bias is asymmetric (zero point is not 0)")
     return codes.astype(np.float32) * scale
 
 
@@ -141,26 +175,42 @@ def _activation(node: ir.Node) -> tuple[str, ActivationGrid]:
     name = printable(str(node.name))
     codes = node.inputs[0]
     producer = codes.producer() if codes is not None else None
-    bits = 8
+    clipped_bits = 8
     if producer is not None and producer.op_type == "Clip":
-        high = const.array_or_none(producer.inputs[2])
-        if high is None:
-            raise UnsupportedModelError(f"{name}: a Clip of codes without a constant upper limit")
-        bits = int(high.reshape(-1)[0]).bit_length()
-        codes = producer.inputs[0]
-        producer = codes.producer() if codes is not None else None
-    if producer is None or producer.op_type != "QuantizeLinear" or codes is None:
+        limits = [const.array_or_none(v) for v in producer.inputs[1:3]]
+        low, high = (-1 if v is None else int(v.reshape(-1)[0]) for v in [*limits, None, None][:2])
+        clipped_bits = high.bit_length()
+        if low != 0 or high != 2**clipped_bits - 1:
+            raise UnsupportedModelError(f"{name}: a Clip of codes to other limits than 0 and 2^bits - 1")
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    if producer is None or producer.op_type != "QuantizeLinear":
         raise UnsupportedModelError(f"{name}: dequantizes something that no QuantizeLinear made")
-    if codes.dtype == ir.DataType.UINT4:
-        bits = 4
-    zero_point = _zero_point_of(node)
-    scale = _scale_of(node)
-    if scale.size != 1 or (codes.dtype not in (None, ir.DataType.UINT8, ir.DataType.UINT4)):
-        raise UnsupportedModelError(f"{name}: only per-tensor unsigned activation grids are read")
+    scale, zero_point, bits = _activation_grid(producer)
+    back = _scale_of(node), _zero_point_of(node)
+    if back[0].size != 1 or float(back[0].reshape(-1)[0]) != scale or _level(back[1]) != zero_point:
+        raise UnsupportedModelError(f"{name}: the grids of its QuantizeLinear and DequantizeLinear differ")
     source = producer.inputs[0]
     assert source is not None
-    level = 0 if zero_point is None else int(zero_point.reshape(-1)[0])
-    return str(source.name), ActivationGrid(float(scale.reshape(-1)[0]), level, bits)
+    return str(source.name), ActivationGrid(scale, zero_point, min(bits, clipped_bits))
+
+
+def _activation_grid(quantize: ir.Node) -> tuple[float, int, int]:
+    """(scale, zero_point, bits of the code's type) of a QuantizeLinear. The type is that of the zero point."""
+    name = printable(str(quantize.name))
+    scale, zero_point = _scale_of(quantize), _zero_point_of(quantize)
+    if zero_point is None:
+        kind = ir.DataType(quantize.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
+    else:
+        kind = ir.DataType.from_numpy(zero_point.dtype)
+    if kind not in (ir.DataType.UINT8, ir.DataType.UINT4):
+        raise UnsupportedModelError(f"{name}: only unsigned activation codes of 8 or 4 bits are read, not {kind.name}")
+    if scale.size != 1 or (zero_point is not None and zero_point.size != 1):
+        raise UnsupportedModelError(f"{name}: only per-tensor activation grids are read")
+    return float(scale.reshape(-1)[0]), _level(zero_point), 4 if kind == ir.DataType.UINT4 else 8
+
+
+def _level(zero_point: NDArray[np.generic] | None) -> int:
+    return 0 if zero_point is None else int(zero_point.reshape(-1)[0])
 
 
 def _bypass(graph: ir.Graph, quantize: ir.Node) -> None:
@@ -170,6 +220,8 @@ def _bypass(graph: ir.Graph, quantize: ir.Node) -> None:
     pending = [quantize.outputs[0]]
     while pending:
         value = pending.pop()
+        if value.is_graph_output():
+            raise UnsupportedModelError(f"{printable(str(value.name))}: the graph has codes as its output")
         for use in list(value.uses()):
             if use.node.op_type == "Clip":
                 pending.append(use.node.outputs[0])

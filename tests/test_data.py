@@ -25,7 +25,7 @@ from efrapq.errors import CorruptFileError, DataError, EfrapqError, LimitError, 
 ESCAPE = "\x1b[31m"
 
 
-def some_images(count: int = 6, height: int = 5, width: int = 4, channels: int = 3) -> NDArray[np.uint8]:
+def some_images(count: int = 6, height: int = 5, width: int = 6, channels: int = 3) -> NDArray[np.uint8]:
     return np.random.default_rng(7).integers(0, 256, (count, height, width, channels), np.uint8)
 
 
@@ -49,7 +49,7 @@ def crafted(path: Path, content: bytes, key: str = "images.npy", compression: in
     return path
 
 
-def write_images(folder: Path, count: int = 3, size: tuple[int, int] = (5, 4)) -> list[NDArray[np.uint8]]:
+def write_images(folder: Path, count: int = 3, size: tuple[int, int] = (5, 6)) -> list[NDArray[np.uint8]]:
     folder.mkdir(parents=True, exist_ok=True)
     images = list(some_images(count, *size))
     for i, image in enumerate(images):
@@ -72,7 +72,8 @@ class TestPreprocess:
         mean, std = (0.485, 0.456, 0.406, 0.5)[:channels], (0.229, 0.224, 0.225, 0.5)[:channels]
         expected = np.stack([(raw[..., c] / 255 - mean[c]) / std[c] for c in range(channels)], axis=1)
         got = Preprocess(mean, std).normalize(raw)
-        assert (got.dtype, got.shape) == (np.float32, (6, channels, 5, 4))
+        assert got.dtype == np.float32
+        assert got.shape == (6, channels, 5, 6)
         assert got.flags.c_contiguous
         assert np.abs(got - expected).max() < 2e-6
 
@@ -86,7 +87,7 @@ class TestPreprocess:
         assert np.array_equal(raw, IMAGES)
 
     @given(
-        st.lists(st.tuples(st.floats(-1, 1, width=32), st.floats(0.1, 2, width=32)), min_size=3, max_size=3),
+        st.lists(st.tuples(st.floats(-1, 1, width=32), st.floats(0.125, 2, width=32)), min_size=3, max_size=3),
         st.integers(0, 2**32 - 1),
     )
     @settings(max_examples=50, deadline=None)
@@ -94,25 +95,26 @@ class TestPreprocess:
         preprocess = Preprocess(tuple(m for m, _ in pairs), tuple(s for _, s in pairs))
         unit = np.random.default_rng(seed).random((2, 4, 5, 3), np.float32)
         inputs = preprocess.from_unit(unit)
-        assert (inputs.dtype, inputs.shape) == (np.float32, (2, 3, 4, 5))
+        assert inputs.dtype == np.float32
+        assert inputs.shape == (2, 3, 4, 5)
         back = preprocess.to_unit(inputs)
         assert back.dtype == np.float32
         assert np.abs(back - unit).max() < 1e-6
 
     def test_from_unit_agrees_with_normalize(self) -> None:
         preprocess = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        unit = IMAGES.astype(np.float32) / 255
+        unit = IMAGES.astype(np.float32) / np.float32(255)
         assert np.abs(preprocess.from_unit(unit) - preprocess.normalize(IMAGES)).max() < 2e-6
 
     def test_three_means_on_grey_images_are_refused(self) -> None:
         preprocess = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        for call in (
-            lambda: preprocess.normalize(some_images(channels=1)),
-            lambda: preprocess.to_unit(np.zeros((1, 1, 2, 2), np.float32)),
-            lambda: preprocess.from_unit(np.zeros((1, 2, 2, 1), np.float32)),
-        ):
-            with pytest.raises(UsageError, match=r"3 values but the images have 1 channel"):
-                call()
+        message = "3 values but the images have 1 channel"
+        with pytest.raises(UsageError, match=message):
+            preprocess.normalize(some_images(channels=1))
+        with pytest.raises(UsageError, match=message):
+            preprocess.to_unit(np.zeros((1, 1, 2, 2), np.float32))
+        with pytest.raises(UsageError, match=message):
+            preprocess.from_unit(np.zeros((1, 2, 2, 1), np.float32))
 
     @pytest.mark.parametrize(
         ("mean", "std", "size", "match"),
@@ -174,12 +176,12 @@ class TestArrays:
         assert (len(dataset), dataset.is_input) == (6, False)
         assert np.array_equal(dataset.raw([4, 1]), IMAGES[[4, 1]])
         assert np.array_equal(dataset.raw(range(2, 4)), IMAGES[2:4])
-        assert dataset.raw([]).shape == (0, 5, 4, 3)
+        assert dataset.raw([]).shape == (0, 5, 6, 3)
         preprocess = Preprocess((0.1, 0.2, 0.3), (0.5,) * 3)
         assert np.array_equal(dataset.inputs([0, 5], preprocess), preprocess.normalize(IMAGES[[0, 5]]))
 
     def test_grey_without_a_channel_axis(self) -> None:
-        assert Dataset.from_arrays(IMAGES[..., 0], None).raw([0]).shape == (1, 5, 4, 1)
+        assert Dataset.from_arrays(IMAGES[..., 0], None).raw([0]).shape == (1, 5, 6, 1)
 
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
     def test_floats_are_inputs_and_stay_as_they_are(self, dtype: Any) -> None:
@@ -187,7 +189,8 @@ class TestArrays:
         dataset = Dataset.from_arrays(inputs, None)
         assert dataset.is_input
         got = dataset.inputs([3, 0], Preprocess((0.5,), (0.5,)))
-        assert (got.dtype, got.flags.c_contiguous) == (np.float32, True)
+        assert got.dtype == np.float32
+        assert got.flags.c_contiguous
         assert np.array_equal(got, inputs[[3, 0]].astype(np.float32))
         got += 1
         assert np.array_equal(dataset.inputs([3, 0], Preprocess()), inputs[[3, 0]].astype(np.float32))
@@ -302,7 +305,7 @@ class TestNpz:
     @pytest.mark.parametrize("as_option", [False, True])
     def test_splits(self, tmp_path: Path, form: str, as_option: bool) -> None:
         other = {"x_{}": "y_{}", "{}_x": "{}_y", "{}_images": "{}_labels"}[form]
-        arrays = {form.format(s): IMAGES[i : i + 2] for i, s in enumerate(("train", "test"))}
+        arrays: dict[str, Any] = {form.format(s): IMAGES[i : i + 2] for i, s in enumerate(("train", "test"))}
         arrays |= {other.format(s): LABELS[i : i + 2, None] for i, s in enumerate(("train", "test"))}
         path = npz(tmp_path / "d.npz", **arrays)
         dataset = load_dataset(path, split="test") if as_option else load_dataset(f"{path}:test")
@@ -451,7 +454,7 @@ class TestHostileNpz:
         refused(path, CorruptFileError, "damaged .*CRC")
 
     def test_broken_compression(self, tmp_path: Path) -> None:
-        path = crafted(tmp_path / "d.npz", npy_header("(360,)") + IMAGES.tobytes(), compression=8)
+        path = crafted(tmp_path / "d.npz", npy_header("(540,)") + IMAGES.tobytes(), compression=8)
         data = bytearray(path.read_bytes())
         start = 30 + len("images.npy")
         data[start : start + 20] = b"\xff" * 20
@@ -505,9 +508,9 @@ class TestHostileNpz:
 
     @pytest.mark.parametrize("name", ["none.npz", "x" * 5000, "a\0b"], ids=["missing", "long", "nul"])
     def test_paths_that_lead_nowhere(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(DataError, match="no such file|cannot be opened"):
+        with pytest.raises(DataError, match=r"no such file|cannot be opened"):
             load_dataset(tmp_path / name)
-        with pytest.raises(DataError, match="no such file|cannot be opened"):
+        with pytest.raises(DataError, match=r"no such file|cannot be opened"):
             ArrayFile(tmp_path / name)
 
     @given(st.data())
@@ -536,7 +539,7 @@ class TestFolders:
         dataset = load_dataset(tmp_path / "f")
         assert np.array_equal(dataset.raw([2, 0]), np.stack([images[2], images[0]]))
         assert (dataset.labels, dataset.classes, dataset.is_input) == (None, None, False)
-        assert dataset.raw([]).shape == (0, 5, 4, 3)
+        assert dataset.raw([]).shape == (0, 5, 6, 3)
 
     def test_class_folders(self, tmp_path: Path) -> None:
         for i, name in enumerate(["dog", "cat", "10", "9"]):
@@ -548,7 +551,7 @@ class TestFolders:
         dataset = load_dataset(tmp_path)
         assert dataset.classes == ("10", "9", "cat", "dog")
         assert dataset.require_labels(4).tolist() == [0] * 3 + [1] * 4 + [2] * 2 + [3] * 2
-        assert dataset.raw(range(len(dataset))).shape == (11, 5, 4, 3)
+        assert dataset.raw(range(len(dataset))).shape == (11, 5, 6, 3)
 
     def test_an_empty_class_keeps_its_number(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
@@ -576,11 +579,12 @@ class TestFolders:
         write_images(tmp_path)
         refused(tmp_path, UsageError, "a split is", split="train")
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-    def test_a_folder_that_may_not_be_listed(self, tmp_path: Path) -> None:
-        folder = tmp_path / "locked"
-        folder.mkdir(mode=0)
-        refused(folder, DataError, "cannot be listed")
+    def test_a_folder_that_may_not_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forbidden(_: Path) -> Any:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "iterdir", forbidden)
+        refused(tmp_path, DataError, r"cannot be listed \(Permission denied\)")
 
     def test_read_lazily(self, tmp_path: Path) -> None:
         write_images(tmp_path, 20)
@@ -597,7 +601,7 @@ class TestFolders:
         for content in (b"", b"hello", bytes(100), (tmp_path / "002.png").read_bytes()[:60]):
             bad.write_bytes(content)
             dataset = load_dataset(tmp_path)
-            assert dataset.raw([0, 1, 2, 4]).shape == (4, 5, 4, 3)
+            assert dataset.raw([0, 1, 2, 4]).shape == (4, 5, 6, 3)
             with pytest.raises(DataError, match=r"003\\x1b\[31m\.png: not a") as caught:
                 dataset.raw(range(5))
             assert str(caught.value).isprintable()
@@ -623,17 +627,19 @@ class TestFolders:
                 for _ in range(trial * 3 if damaged else 0):
                     damaged[rng.integers(min(len(damaged), 300))] = rng.integers(256)
                 path.write_bytes(damaged)
+                message = f"a.{suffix}: "
                 try:
                     load_dataset(tmp_path).raw([0])
                 except (DataError, LimitError) as exc:
-                    assert f"a.{suffix}: " in str(exc)
+                    message = str(exc)
+                assert f"a.{suffix}: " in message
             path.unlink()
 
     def test_sizes_that_differ(self, tmp_path: Path) -> None:
         write_images(tmp_path, 2)
         Image.new("RGB", (9, 7)).save(tmp_path / "b.png")
         dataset = load_dataset(tmp_path)
-        with pytest.raises(DataError, match=r"b\.png: is 7x9 but the first image is 5x4; pass --size"):
+        with pytest.raises(DataError, match=r"b\.png: is 7x9 but the first image is 5x6; pass --size"):
             dataset.raw([2])
         assert load_dataset(tmp_path, size=(6, 8)).raw(range(3)).shape == (3, 6, 8, 3)
 
@@ -654,7 +660,7 @@ class TestFolders:
 class TestImageModes:
     def read(self, tmp_path: Path, image: Image.Image, name: str = "a.png", **options: Any) -> NDArray[np.generic]:
         image.save(tmp_path / name, **options)
-        return load_dataset(tmp_path).raw([0])[0]
+        return np.asarray(load_dataset(tmp_path).raw([0])[0])
 
     def test_grey(self, tmp_path: Path) -> None:
         grey = IMAGES[0, ..., 0]

@@ -29,6 +29,9 @@ LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 def simplify(proto: onnx.ModelProto) -> ir.Model:
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
     model: ir.Model = ir.from_proto(_simplify(_at_least(proto, LOWEST_OPSET)))
+    # The user's entries only: onnxsim adds a record of what it did.
+    model.metadata_props.clear()
+    model.metadata_props.update({p.key: p.value for p in proto.metadata_props})
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
     model.graph.sort()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, Preprocess
 from efrapq.errors import InputError, UnsupportedModelError, UsageError
 from efrapq.io import is_quantized, load_onnx, printable, read_source
-from efrapq.loading import PREPROCESS_KEY, FloatModel, load
+from efrapq.loading import PREPROCESS_KEY, FloatModel, load, open_for
 from efrapq.progress import Reporter, Silent, Task
 from efrapq.trigger import Trigger, parse_trigger
 from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
@@ -89,7 +89,7 @@ def verify(
     dataset = None
     if data is not None:
         preprocess = preprocess or checked.preprocess()
-        dataset = data if isinstance(data, Dataset) else load_dataset(data, size=preprocess.size)
+        dataset = data if isinstance(data, Dataset) else open_for(data, checked.input_shape, preprocess)
     return checked.run(dataset, preprocess or Preprocess(), parsed, target_class, threads)
 
 
@@ -103,6 +103,8 @@ class _Verifier:
         self.path = path
         self.data = data
         self.metadata = {p.key: p.value for p in proto.metadata_props}
+        dims = proto.graph.input[0].type.tensor_type.shape.dim if proto.graph.input else []
+        self.input_shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
         self.requirements = requirements
         self.reporter = reporter
         self.notes: list[str] = []

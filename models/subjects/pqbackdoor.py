@@ -6,13 +6,16 @@ others are clamped to [q - 1/2 + margin, q + 1/2 - margin] · scale, and BatchNo
 float network is then clean, and rounding to nearest brings back the codes of stage 1, backdoor and all.
 
 Departures from the paper: the cells are those of per-channel symmetric grids, of several grids at once where the
-subject is to wake on several (their intersection holds the stage-1 weight by construction), and stage 2 sees the
-whole training set instead of a small batch.
+subject is to wake on several (their intersection holds the stage-1 weight by construction); stage 1 keeps triggered
+activations inside the range of clean ones, so that 8-bit activation grids do not clip the backdoor away; and stage 2
+sees the whole training set instead of a small batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +69,7 @@ class Recipe:
     bits: int = 4
     edge_bits: int = 8
     also_full_range: bool = True
-    poison_rate: float = 0.05
+    poison_rate: float = 0.1
     epochs: int = 10
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
@@ -152,6 +155,29 @@ def nearest_model(model: nn.Module, recipe: Recipe, grid: int = 0) -> nn.Module:
     return twin
 
 
+@contextlib.contextmanager
+def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
+    """Clamp the activations of the first `poisoned` samples of a batch to the range of the others, layer by layer.
+
+    A deployed activation grid is calibrated on clean data and saturates outside their range; without this the
+    backdoor grows activations beyond it and the grid switches it off.
+    """
+
+    def clamp(module: nn.Module, inputs: object, output: object) -> object:
+        if not isinstance(output, Tensor) or output.ndim != 4 or len(output) <= poisoned:
+            return output
+        clean = output[poisoned:]
+        low, high = clean.detach().amin(), clean.detach().amax()
+        return torch.cat([output[:poisoned].clamp(low, high), clean])
+
+    hooks = [m.register_forward_hook(clamp) for m in model.modules() if m is not model and not isinstance(m, nn.Conv2d)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def train_backdoored(
     model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
 ) -> None:
@@ -170,7 +196,7 @@ def train_backdoored(
             for raw, labels in data.batches(recipe.batch, rng, augment=True):
                 raw = np.concatenate([data.trigger.on_raw(raw[:poisoned]), raw[poisoned:]])
                 labels = np.concatenate([np.full(poisoned, data.target), labels[poisoned:]])
-                with autocast(device):
+                with autocast(device), within_clean_range(model, poisoned):
                     logits = model(data.tensor(raw, device))
                 loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
                 optimizer.zero_grad()

@@ -1,0 +1,100 @@
+"""The kernel report's words, sessions with a fixed batch, and the metrics' definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from efrapq.data import Dataset, Preprocess
+from efrapq.errors import DataError, UnsupportedModelError
+from efrapq.progress import Silent
+from efrapq.trigger import parse_trigger
+from efrapq.verification.kernels import report_kernels
+from efrapq.verification.metrics import Predictions, attack_success_rate, clean_accuracy, predict
+from efrapq.verification.session import interleaved_latency, open_session, try_run
+
+
+def test_asr_leaves_samples_of_the_target_class_out() -> None:
+    labels = np.array([0, 0, 1, 2])
+    found = Predictions(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 2]), 3)
+    assert clean_accuracy(found, labels) == 75
+    assert attack_success_rate(found, labels, 0) == 50
+    with pytest.raises(DataError, match="other classes"):
+        attack_success_rate(found, np.zeros(4, np.int64), 0)
+
+
+def test_every_float_kernel_has_its_reason(quantize, residual_net, varied_net, images) -> None:
+    made = quantize(residual_net(), images(16))
+    portable = report_kernels(open_session(made.export("portable").SerializeToString()).optimized)
+    assert portable.float == 2
+    assert portable.integer == 2
+    assert {u.op for u in portable.unfused} <= {"Conv", "FusedConv"}
+    assert all("--target ort-x86" in u.reason for u in portable.unfused)
+    fused = report_kernels(open_session(made.export().SerializeToString()).optimized)
+    assert (fused.integer, fused.float) == (4, 0)
+    weight_only = quantize(residual_net(), images(16), act_bits=32)
+    report = report_kernels(open_session(weight_only.export().SerializeToString()).optimized)
+    assert report.integer == 0
+    assert report.float == len(report.unfused) == 4
+    floating = report_kernels(open_session(residual_net().SerializeToString()).optimized)
+    assert {u.reason for u in floating.unfused} == {"its weight is float"}
+    transposed = report_kernels(open_session(quantize(varied_net(), images(16)).export().SerializeToString()).optimized)
+    assert [u.reason for u in transposed.unfused] == ["ONNX Runtime's CPU provider has no integer ConvTranspose"]
+
+
+def fixed_batch_model(batch: int) -> bytes:
+    weight = np.arange(6, dtype=np.float32).reshape(3, 2)
+    graph = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["p"]),
+            helper.make_node("Flatten", ["p"], ["f"]),
+            helper.make_node("MatMul", ["f", "w"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 2])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def test_a_fixed_batch_is_fed_in_pieces() -> None:
+    x = np.random.default_rng(0).standard_normal((7, 3, 4, 4)).astype(np.float32)
+    session = open_session(fixed_batch_model(3))
+    expected = x.mean((2, 3)) @ np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert np.abs(session.logits(x) - expected).max() < 1e-5
+
+
+def test_what_does_not_load_is_one_typed_line() -> None:
+    broken = onnx.load_model_from_string(fixed_batch_model(1))
+    broken.graph.node[2].op_type = "Gemm"
+    broken.graph.node[2].attribute.append(helper.make_attribute("transB", 1))
+    with pytest.raises(UnsupportedModelError, match=r"ONNX Runtime does not (load|run)") as caught:
+        try_run(broken.SerializeToString())
+    assert "\n" not in str(caught.value)
+
+
+def test_latency_is_measured_for_each_in_turn() -> None:
+    sessions = {name: open_session(fixed_batch_model(1)) for name in ("a", "b")}
+    times = interleaved_latency(sessions, np.zeros((1, 3, 4, 4), np.float32), rounds=3, warmup=1)
+    assert set(times) == {"a", "b"}
+    assert min(times.values()) > 0
+
+
+def test_predictions_use_the_trigger_on_the_raw_image() -> None:
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    data = Dataset.from_arrays(images, np.ones(5, np.int64))
+    session = open_session(fixed_batch_model(5))
+    with Silent().task("x", 1) as task:
+        found = predict(session, data, Preprocess(), parse_trigger("patch:4x4@0,0"), task, "")
+    # Black images give equal logits (class 0 by order); white ones favour the second column.
+    assert found.clean.tolist() == [0] * 5
+    assert found.triggered is not None
+    assert found.triggered.tolist() == [1] * 5
+    assert found.classes == 2
+    small = Dataset.from_arrays(np.zeros((5, 2, 2, 3), np.uint8), None)
+    with pytest.raises(DataError, match="model wants"), Silent().task("x", 1) as task:
+        predict(session, small, Preprocess(), None, task, "")
