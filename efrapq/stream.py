@@ -200,7 +200,7 @@ class _Pass:
         rows = unfold.weight_rows(weight).contiguous()
         kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.ndim == 4 else (1, 1)
 
-        moments = Moments(rows.shape[0], rows.shape[1], rows.shape[2], device=self.device)
+        moments = Moments(rows)
         outputs: list[Tensor] = []
         generator = torch.Generator().manual_seed(self.settings.seed)
         for chunk in range(self.chunks):

@@ -2,7 +2,7 @@
 
 Flipping weight j of row o moves ŵ by d = ±s and changes the objective by
 
-    2 d R_oj + d² H_jj ± λ_E e_oj,        R = Ŵ H - G
+    2 d R_oj + d² H_jj ± λ_E e_oj,        R = δ H + g,  δ = Ŵ - W
 
 so one sweep visits the columns in turn and flips, in all rows at once, whatever lowers the objective. R is kept
 exact inside a block of columns by rank-one updates and brought up to date outside it by one matrix product per
@@ -61,9 +61,9 @@ def solve_coordinate(problem: RoundingProblem, settings: Coordinate, start: Tens
 
 
 def _residual(problem: RoundingProblem, up: Tensor) -> Tensor:
-    """R = Ŵ H - G in float64, then transposed to (G, D, O) float32: G is close to Ŵ H, so R itself is small."""
-    w = problem.real(up.transpose(1, 2))
-    return (w @ problem.H - problem.cross).float().transpose(1, 2).contiguous()
+    """R = δ H + g in float64 for up (G, D, O), as (G, D, O) float32."""
+    delta = problem.delta(up.transpose(1, 2))
+    return (delta @ problem.H + problem.cross).float().transpose(1, 2).contiguous()
 
 
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:

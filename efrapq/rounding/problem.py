@@ -1,12 +1,14 @@
 """The rounding problem of one layer, as tensors.
 
 A layer with G groups, O output channels per group and D inputs per output (D = Cin/groups · kh · kw for a
-convolution) is a batch of G independent problems. For every output row w of one group,
+convolution) is a batch of G independent problems. With x the layer's input in the float network, x̂ in the quantized
+one and δ = ŵ - w what rounding does to a row w,
 
-    L_A = E |ŵ·x̂ - w·x|²  =  ŵ H ŵᵀ - 2 ŵ·g + c,      H = E[x̂ x̂ᵀ],  g = E[(w·x) x̂],  c = E[(w·x)²]
+    L_A = E |ŵ·x̂ - w·x|²  =  δ H δᵀ + 2 δ·g + c,      H = E[x̂ x̂ᵀ],  g = E[(w·x̂ - w·x) x̂],  c = E[(w·x̂ - w·x)²]
 
-with x the layer's input in the float network and x̂ in the quantized one. All three are sums over samples, so they
-are accumulated in one streaming pass (and could be added up across machines); rows are independent of one another.
+All three are sums over samples, so they are accumulated in one streaming pass (and could be added up across
+machines); rows are independent of one another. Written around w instead of 0, nothing large cancels: g and c hold
+only what the layers before have already changed.
 """
 
 from __future__ import annotations
@@ -22,28 +24,32 @@ __all__ = ["Moments", "RoundingProblem", "make_problem", "quadratic_loss"]
 
 
 class Moments:
-    """Running sums for H, G and c over rows of inputs and float outputs.
+    """Running sums for H, g and c over rows of inputs and float outputs.
 
-    Products are taken in float32 and summed in float64, so that the result does not drift with the number of chunks.
+    weight: (G, O, D) float32. Products are taken in float32 and summed in float64, so that the result does not drift
+    with the number of chunks.
     """
 
-    def __init__(self, groups: int, outputs: int, inputs: int, device: torch.device | str = "cpu") -> None:
-        self._h = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=device)
-        self._g = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=device)
-        self._energy = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, weight: Tensor) -> None:
+        groups, outputs, inputs = weight.shape
+        self._weight = weight
+        self._h = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=weight.device)
+        self._cross = torch.zeros(groups, outputs, inputs, dtype=torch.float64, device=weight.device)
+        self._error = torch.zeros((), dtype=torch.float64, device=weight.device)
         self.rows = 0
 
     def add(self, x_hat: Tensor, y: Tensor) -> None:
         """Add rows: x_hat (G, R, D) quantized-network inputs, y (G, R, O) float-network outputs without the bias."""
+        changed = x_hat @ self._weight.transpose(1, 2) - y
         self._h += x_hat.transpose(1, 2) @ x_hat
-        self._g += y.transpose(1, 2) @ x_hat
-        self._energy += y.double().square().sum()
+        self._cross += changed.transpose(1, 2) @ x_hat
+        self._error += changed.double().square().sum()
         self.rows += x_hat.shape[1]
 
     def mean(self) -> tuple[Tensor, Tensor, float]:
-        """(H (G, D, D), G (G, O, D), c): float64 means over the rows seen."""
+        """(H (G, D, D), g (G, O, D), c): float64 means over the rows seen."""
         n = max(self.rows, 1)
-        return self._h / n, self._g / n, float(self._energy) / n
+        return self._h / n, self._cross / n, float(self._error) / n
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class RoundingProblem:
     """What a solver needs to know about one layer.
 
     scale: (G, O) float32. floor, residue: (G, O, D) float32 from `grid_position`; the code is floor + h, h ∈ {0, 1}.
-    movable: (G, O, D) bool, false where the grid allows only one code. H: (G, D, D), cross: (G, O, D), energy: the
-    constant c, all float64. bits: of the weight.
+    movable: (G, O, D) bool, false where the grid allows only one code. H: (G, D, D), cross: g, (G, O, D), both
+    float64. error: the constant c.
     """
 
     weight: Tensor
@@ -63,7 +69,7 @@ class RoundingProblem:
     nearest: Tensor
     H: Tensor
     cross: Tensor
-    energy: float
+    error: float
 
     def errors(self, kind: str) -> Tensor:
         """Truncation errors e of rounding to nearest: in weight units ("absolute", the paper's) or in steps.
@@ -77,6 +83,10 @@ class RoundingProblem:
         """Ŵ for a choice h: (G, O, D) → (G, O, D) float64."""
         return (self.floor.double() + up) * self.scale.double()[..., None]
 
+    def delta(self, up: Tensor) -> Tensor:
+        """δ = Ŵ - W for a choice h: (G, O, D) → (G, O, D) float64."""
+        return self.real(up) - self.weight.double()
+
 
 def make_problem(weight: Tensor, grid: WeightGrid, moments: tuple[Tensor, Tensor, float]) -> RoundingProblem:
     """Set up a layer's problem. weight: (G, O, D) float32; grid.scale: (G·O,), groups outermost."""
@@ -85,7 +95,7 @@ def make_problem(weight: Tensor, grid: WeightGrid, moments: tuple[Tensor, Tensor
     floor, residue = floor.view_as(weight), residue.view_as(weight)
     # Half to even, as QuantizeLinear rounds: a residue of exactly 1/2 goes to the even neighbour.
     nearest = (residue > 0.5) | ((residue == 0.5) & (floor.remainder(2) == 1))
-    H, cross, energy = moments
+    H, cross, error = moments
     return RoundingProblem(
         weight=weight,
         scale=grid.scale.view(groups, outputs),
@@ -95,11 +105,11 @@ def make_problem(weight: Tensor, grid: WeightGrid, moments: tuple[Tensor, Tensor
         nearest=nearest,
         H=H,
         cross=cross,
-        energy=energy,
+        error=error,
     )
 
 
 def quadratic_loss(problem: RoundingProblem, up: Tensor) -> float:
-    """L_A of a choice h (G, O, D), from H and G, in float64."""
-    w = problem.real(up)
-    return float((w * (w @ problem.H)).sum() - 2 * (w * problem.cross).sum()) + problem.energy
+    """L_A of a choice h (G, O, D), from H and g, in float64."""
+    d = problem.delta(up)
+    return float((d * (d @ problem.H + 2 * problem.cross)).sum()) + problem.error

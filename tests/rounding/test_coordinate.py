@@ -24,22 +24,24 @@ def random_problem(
     mixing = torch.randn(groups, inputs, inputs, generator=g)
     x = (torch.randn(groups, 4 * inputs, inputs, generator=g) @ mixing).relu()
     x_hat = x + noise * torch.randn(x.shape, generator=g)
-    moments = Moments(groups, outputs, inputs)
+    moments = Moments(weight)
     moments.add(x_hat, x @ weight.transpose(1, 2))
     return make_problem(weight, WeightGrid(symmetric_scale(weight.flatten(0, 1), bits), bits), moments.mean())
 
 
 def objectives(problem: RoundingProblem, up: NDArray[np.bool_], settings: Coordinate) -> NDArray[np.float64]:
-    """Per row, in float64 NumPy: ŵHŵᵀ - 2ŵ·g + λ Σ e·[h is nearest's]. up: (G, O, D). Returns (G, O)."""
-    w = (problem.floor.double().numpy() + up) * problem.scale.double().numpy()[..., None]
-    quadratic = np.einsum("god,gde,goe->go", w, problem.H.numpy(), w) - 2 * (w * problem.cross.numpy()).sum(-1)
+    """Per row, in float64 NumPy: δHδᵀ + 2δ·g + λ Σ e·[h is nearest's]. up: (G, O, D). Returns (G, O)."""
+    w_hat = (problem.floor.double().numpy() + up) * problem.scale.double().numpy()[..., None]
+    d = w_hat - problem.weight.double().numpy()
+    quadratic = np.einsum("god,gde,goe->go", d, problem.H.numpy(), d) + 2 * (d * problem.cross.numpy()).sum(-1)
     stays = up == problem.nearest.numpy()
     return quadratic + settings.lambda_e * (problem.errors(settings.error).double().numpy() * stays).sum(-1)
 
 
 def slack(problem: RoundingProblem) -> float:
     """What float32 in the solver may cost, on the scale of the objective."""
-    return 1e-5 * problem.energy
+    steps = problem.scale.double().square().max() * problem.H.diagonal(dim1=1, dim2=2).sum(-1).max()
+    return 1e-5 * float(steps)
 
 
 @LAMBDAS
@@ -95,9 +97,8 @@ def test_nearest_is_optimal_for_white_inputs(bits: int) -> None:
     """With H = I and x̂ = x the weights do not interact: each goes to its own nearest code."""
     weight = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
     H = torch.eye(16, dtype=torch.float64).expand(2, 16, 16)
-    energy = float(weight.double().square().sum())
     grid = WeightGrid(symmetric_scale(weight.flatten(0, 1), bits), bits)
-    problem = make_problem(weight, grid, (H, weight.double(), energy))
+    problem = make_problem(weight, grid, (H, torch.zeros_like(weight).double(), 0.0))
     worst = solve_coordinate(problem, Coordinate(lambda_e=1e9))
     assert torch.equal(solve_coordinate(problem, Coordinate(lambda_e=0)), problem.nearest)
     assert torch.equal(solve_coordinate(problem, Coordinate(lambda_e=0), start=worst), problem.nearest)
@@ -119,7 +120,7 @@ def test_rows_are_independent(lambda_e: float) -> None:
     permuted = make_problem(
         problem.weight[:, order],
         WeightGrid(problem.scale[0, order], 4),
-        (problem.H, problem.cross[:, order], problem.energy),
+        (problem.H, problem.cross[:, order], problem.error),
     )
     assert torch.equal(solve_coordinate(permuted, settings), solve_coordinate(problem, settings)[:, order])
 
@@ -190,7 +191,7 @@ def test_dead_inputs_cost_nothing() -> None:
     problem = random_problem(inputs=6, seed=9)
     H, cross = problem.H.clone(), problem.cross.clone()
     H[:, 2], H[:, :, 2], cross[:, :, 2] = 0, 0, 0
-    dead = make_problem(problem.weight, WeightGrid(problem.scale[0], 4), (H, cross, problem.energy))
+    dead = make_problem(problem.weight, WeightGrid(problem.scale[0], 4), (H, cross, problem.error))
     free = solve_coordinate(dead, Coordinate(lambda_e=0))
     assert torch.equal(free[..., 2], dead.nearest[..., 2])
     pulled = solve_coordinate(dead, Coordinate(lambda_e=1e-3))
