@@ -126,4 +126,8 @@ def _print(evidence: dict[str, Any]) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
-    console.print("next      efrapq verify (accuracy, attack success and kernels in ONNX Runtime)", markup=False)
+    console.print(
+        f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz "
+        "--trigger patch:HxW@row,col --target-class N",
+        markup=False,
+    )

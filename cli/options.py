@@ -60,9 +60,14 @@ class Shape(click.ParamType[tuple[int, int, int]]):
 def preprocess_options(command: F) -> F:
     """--mean, --std, --size: override what the model's metadata says."""
     for option in (
-        click.option("--size", type=ImageSize(), help="Resize and centre-crop image files to this."),
-        click.option("--std", type=FloatList(), help="Per-channel deviation of the 0–1 image."),
-        click.option("--mean", type=FloatList(), help="Per-channel mean of the 0–1 image, e.g. 0.485,0.456,0.406."),
+        click.option("--size", type=ImageSize(), metavar="HxW", help="Resize and centre-crop image files to this."),
+        click.option("--std", type=FloatList(), metavar="a,b,c", help="Per-channel deviation of the 0–1 image."),
+        click.option(
+            "--mean",
+            type=FloatList(),
+            metavar="a,b,c",
+            help="Per-channel mean of the 0–1 image, e.g. 0.485,0.456,0.406.",
+        ),
     ):
         command = option(command)
     return command

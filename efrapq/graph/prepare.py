@@ -73,8 +73,12 @@ def _at_least(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Constant folding, shape inference and dead code by onnxsim; BatchNorm is left for us to fold in float64."""
     import onnxsim
+    from onnx import shape_inference
 
     try:
+        if not all(o.type.tensor_type.HasField("shape") for o in proto.graph.output):
+            # onnxsim refuses outputs without a shape, which ONNX Runtime runs.
+            proto = shape_inference.infer_shapes(proto)
         simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True)
     except Exception as exc:
         raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc

@@ -14,7 +14,8 @@ from efrapq.data import Dataset, Preprocess
 from efrapq.errors import InputError, UnsupportedModelError, UsageError
 from efrapq.io import is_quantized, load_onnx, printable, read_source
 from efrapq.loading import PREPROCESS_KEY, FloatModel, load, open_for
-from efrapq.progress import Reporter, Silent, Task
+from efrapq.progress import Reporter, Silent
+from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.trigger import Trigger, parse_trigger
 from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
 from efrapq.verification.kernels import report_kernels
@@ -110,6 +111,7 @@ class _Verifier:
         self.notes: list[str] = []
         self.source: FloatModel | None = None
         self.quantized: QuantizedModel | None = None
+        self.evidence = self._read_evidence()
         try:
             self.quantized = read_quantized(proto)
         except UnsupportedModelError as exc:
@@ -142,20 +144,27 @@ class _Verifier:
 
     def _recorded_float(self, wanted: str | None) -> Path | None:
         """The defended model's path, from the evidence beside the file, if it is still that model."""
-        evidence = self.path.with_suffix(".json")
-        if not wanted or not evidence.is_file():
-            return None
-        try:
-            recorded = json.loads(evidence.read_text("utf-8"))["input"]["path"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self._note(f"{printable(str(evidence))}: is not efrapq evidence, ignored")
-            return None
-        if not isinstance(recorded, str):
+        recorded = self.evidence.get("input", {}).get("path")
+        if not wanted or not isinstance(recorded, str):
             return None
         for path in (Path(recorded), self.path.parent / Path(recorded).name):
             if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
                 return path
         return None
+
+    def _read_evidence(self) -> dict[str, dict[str, Any]]:
+        """The evidence beside the file; empty where there is none that can be read."""
+        path = self.path.with_suffix(".json")
+        if not path.is_file():
+            return {}
+        try:
+            document = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            document = None
+        if not isinstance(document, dict) or document.get("schema") != EVIDENCE_SCHEMA:
+            self._note(f"{printable(str(path))}: is not efrapq evidence, ignored")
+            return {}
+        return {key: value for key, value in document.items() if isinstance(value, dict)}
 
     def preprocess(self) -> Preprocess:
         if PREPROCESS_KEY in self.metadata:
@@ -261,7 +270,7 @@ class _Verifier:
         found = {}
         with self.reporter.task("measuring in ONNX Runtime", len(dataset) * len(sessions)) as task:
             for name, session in sessions.items():
-                found[name] = predict(session, dataset, preprocess, trigger, _Named(task, name), name)
+                found[name] = predict(session, dataset, preprocess, trigger, task, name)
         return found
 
     def _attacked(self, dataset: Dataset | None, target_class: int | None) -> int:
@@ -270,15 +279,15 @@ class _Verifier:
         return int((dataset.labels != target_class).sum())
 
     def _codes(self, comparison: CodeComparison | None) -> dict[str, Any]:
-        """match: the digest over all codes is the one recorded when they were solved, and every code is a neighbour
-        of its float weight. Null if neither could be checked.
+        """match: the digest over all codes is the one recorded when they were solved, in the file and in the evidence
+        beside it, and every code is a neighbour of its float weight. Null if nothing could be checked.
         """
         if self.quantized is None:
             return {"layers": 0, "match": None, "flipped": None}
         checks = []
-        recorded = self.metadata.get("efrapq.codes.sha256")
-        if recorded:
-            checks.append(recorded == self.quantized.digest)
+        for recorded in (self.metadata.get("efrapq.codes.sha256"), self.evidence.get("output", {}).get("codes_sha256")):
+            if recorded:
+                checks.append(recorded == self.quantized.digest)
         if comparison is not None:
             checks.append(comparison.neighbours)
             for name in comparison.strangers[:3]:
@@ -324,17 +333,6 @@ class _Verifier:
         if wanted.integer and document["kernels"]["float"]:
             failed.append("require-integer")
         return failed
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A task whose remarks say which of the models is being run."""
-
-    task: Task
-    name: str
-
-    def advance(self, note: str = "", units: float = 1.0) -> None:
-        self.task.advance(self.name, units)
 
 
 def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:

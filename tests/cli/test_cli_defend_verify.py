@@ -228,3 +228,18 @@ def test_inspect_a_float_and_a_quantized_file(run, defended: Path) -> None:
     shown = run("inspect", defended)
     assert shown.code == 0
     assert "16 integer, 0 float" in shown.out
+
+
+def test_evidence_of_another_file_is_noticed(run, defended: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model.int4.onnx"
+    copy.write_bytes(defended.read_bytes())
+    evidence = json.loads(defended.with_suffix(".json").read_text())
+    evidence["output"]["codes_sha256"] = "0" * 64
+    copy.with_suffix(".json").write_text(json.dumps(evidence))
+    ran = run("verify", copy, "--json", "-q")
+    assert ran.code == 1
+    assert json.loads(ran.out)["failed"] == ["codes"]
+    copy.with_suffix(".json").write_text("{}")
+    ran = run("verify", copy, "--json", "-q")
+    assert ran.code == 0
+    assert "not efrapq evidence" in ran.err
