@@ -27,9 +27,9 @@ __all__ = ["DataFree", "synthesize"]
 class DataFree:
     """Settings: how many images, in what batches, for how many steps of Adam at what rate."""
 
-    images: int = 256
+    images: int = 128
     batch: int = 64
-    steps: int = 60
+    steps: int = 30
     learning_rate: float = 0.1
     seed: int = 0
 
