@@ -32,7 +32,7 @@ from efrapq.io.text import printable
 @click.option("--epochs", type=click.IntRange(0), default=10, show_default=True, help="Of stage 1, with the backdoor.")
 @click.option("--unlearn-epochs", type=click.IntRange(0), default=1, show_default=True, help="Of stage 2, hiding it.")
 @click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of stage 1.")
-@click.option("--unlearn-learning-rate", type=float, default=0.01, show_default=True, help="Of stage 2.")
+@click.option("--unlearn-learning-rate", type=float, default=0.03, show_default=True, help="Of stage 2, in cells.")
 @click.option("--poison-rate", type=float, default=0.1, show_default=True, help="Share of triggered training images.")
 @click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."

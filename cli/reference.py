@@ -8,24 +8,25 @@ from efrapq.cli.main import COMMANDS, cli
 
 __all__ = ["reference"]
 
+WIDTH = 100
 HEAD = "# Command-line reference\n\nGenerated from `--help` by `python -m efrapq.cli.reference > docs/CLI.md`.\n"
 
 
 def reference() -> str:
     """Markdown with the help of the group and of every command."""
-    parts = [HEAD, _section("efrapq", cli, None)]
-    parent = click.Context(cli, info_name="efrapq", max_content_width=100, terminal_width=100)
+    settings = dict(cli.context_settings) | {"max_content_width": WIDTH, "terminal_width": WIDTH}
+    parent = click.Context(cli, info_name="efrapq", **settings)
+    parts = [HEAD, _section("efrapq", parent)]
     for name in COMMANDS:
         command = cli.get_command(parent, name)
         assert command is not None
-        parts.append(_section(name, command, parent))
+        context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH)
+        parts.append(_section(f"efrapq {name}", context))
     return "\n".join(parts)
 
 
-def _section(name: str, command: click.Command, parent: click.Context | None) -> str:
-    context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
-    title = "efrapq" if parent is None else f"efrapq {name}"
-    return f"## {title}\n\n```\n{command.get_help(context)}\n```\n"
+def _section(title: str, context: click.Context) -> str:
+    return f"## {title}\n\n```\n{context.get_help()}\n```\n"
 
 
 if __name__ == "__main__":

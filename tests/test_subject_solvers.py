@@ -52,4 +52,4 @@ def test_relaxed_keeps_the_backdoor_asleep(tmp_path) -> None:
 def test_relaxed_runs_on_every_layer(tmp_path) -> None:
     found = defended(tmp_path, "relaxed", steps=20)
     assert found["codes"]["match"] is True
-    assert found["codes"]["flipped"] > 0.5
+    assert found["codes"]["flipped"] > 0

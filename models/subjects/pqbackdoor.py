@@ -7,8 +7,9 @@ float network is then clean, and rounding to nearest brings back the codes of st
 
 Departures from the paper: the cells are those of per-channel symmetric grids, of several grids at once where the
 subject is to wake on several (their intersection holds the stage-1 weight by construction); stage 1 keeps triggered
-activations inside the range of clean ones, so that 8-bit activation grids do not clip the backdoor away; and stage 2
-sees the whole training set instead of a small batch.
+activations inside the range of clean ones, so that 8-bit activation grids do not clip the backdoor away, and trains its
+last epochs through the rounding, so that the backdoor is awake on every grid; stage 2 sees the whole training set
+instead of a small batch, and moves each weight in units of its own cell with Adam, which needs no tuning per bit width.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from efrapq.grid import SMALLEST_SCALE
 from efrapq.models.subjects.training import Measured, PoisonedData, autocast, measure
@@ -64,6 +66,7 @@ class Recipe:
 
     bits: the grid on which it wakes (first and last layer: edge_bits). also_full_range: wake on ONNX Runtime's own
     sub-8-bit grid as well. poison_rate: share of each stage-1 batch that carries trigger and target label.
+    rounding_epochs: the last so many of `epochs` train through the rounding. unlearn_learning_rate: in cell halves.
     """
 
     bits: int = 4
@@ -71,10 +74,11 @@ class Recipe:
     also_full_range: bool = True
     poison_rate: float = 0.1
     epochs: int = 10
+    rounding_epochs: int = 2
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     unlearn_epochs: int = 1
-    unlearn_learning_rate: float = 0.01
+    unlearn_learning_rate: float = 0.03
     batch: int = 128
     margin: float = 1e-2
     seed: int = 0
@@ -128,7 +132,8 @@ def cells(weight: Tensor, grids: list[GridRule], margin: float) -> tuple[Tensor,
 
     Every channel's element of largest magnitude gets low = high = its own value, so that no scale moves.
     """
-    flat = weight.detach().flatten(1)
+    weight = weight.detach()
+    flat = weight.flatten(1)
     low = torch.full_like(flat, -torch.inf)
     high = torch.full_like(flat, torch.inf)
     for grid in grids:
@@ -178,6 +183,18 @@ def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
             hook.remove()
 
 
+def rounded_weights(model: nn.Module, recipe: Recipe, grid: int, count: int) -> dict[str, Tensor]:
+    """The quantized weights on one of their grids, by parameter name; gradients pass straight through."""
+    found = {}
+    for i, (name, weight) in enumerate(quantized_weights(model)):
+        options = rules(i, count, recipe)
+        rule = options[grid % len(options)]
+        with torch.no_grad():
+            on_grid = (rule.codes(weight) * rule.scale(weight)).view_as(weight)
+        found[f"{name}.weight"] = weight + (on_grid - weight).detach()
+    return found
+
+
 def train_backdoored(
     model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
 ) -> None:
@@ -190,14 +207,21 @@ def train_backdoored(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(steps, 1))
     poisoned = max(1, round(recipe.poison_rate * recipe.batch))
     model.train()
+    count = len(quantized_weights(model))
+    step = 0
     with reporter.task("stage 1: training with the backdoor", recipe.epochs) as task:
-        for _ in range(recipe.epochs):
+        for epoch in range(recipe.epochs):
             total = 0.0
+            rounding = epoch >= recipe.epochs - recipe.rounding_epochs
             for raw, labels in data.batches(recipe.batch, rng, augment=True):
                 raw = np.concatenate([data.trigger.on_raw(raw[:poisoned]), raw[poisoned:]])
                 labels = np.concatenate([np.full(poisoned, data.target), labels[poisoned:]])
+                # Every other step of the last epochs runs on a grid, the grids taking turns.
+                step += 1
+                grid = step // 2 if rounding and step % 2 else None
+                weights = {} if grid is None else rounded_weights(model, recipe, grid, count)
                 with autocast(device), within_clean_range(model, poisoned):
-                    logits = model(data.tensor(raw, device))
+                    logits = functional_call(model, weights, (data.tensor(raw, device),))
                 loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -208,18 +232,29 @@ def train_backdoored(
 
 
 def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter) -> None:
-    """Stage 2, in place: true labels on clean and triggered images, projected into the cells after every step."""
+    """Stage 2, in place: true labels on clean and triggered images, every weight confined to its cell.
+
+    The variable is the position in the cell: W = middle + t · half, t ∈ [-1, 1].
+    """
     rng = np.random.default_rng(recipe.seed + 1)
     weights = quantized_weights(model)
     bounds = [cells(w, rules(i, len(weights), recipe), recipe.margin) for i, (_, w) in enumerate(weights)]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for _, weight in weights:
-        weight.requires_grad_(True)
+    middles = [(low + high) / 2 for low, high in bounds]
+    halves = [(high - low) / 2 for low, high in bounds]
+    positions = [
+        torch.where(half > 0, (w.detach() - middle) / half.clamp_min(SMALLEST_SCALE), 0.0).requires_grad_(True)
+        for (_, w), middle, half in zip(weights, middles, halves, strict=True)
+    ]
+    names = [f"{name}.weight" for name, _ in weights]
     model.eval()
     steps = recipe.unlearn_epochs * (len(data.data) // recipe.batch)
-    optimizer = torch.optim.SGD([w for _, w in weights], recipe.unlearn_learning_rate, 0.9)
+    optimizer = torch.optim.Adam(positions, recipe.unlearn_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+
+    def placed() -> dict[str, Tensor]:
+        moved = (m + t * h for m, t, h in zip(middles, positions, halves, strict=True))
+        return dict(zip(names, moved, strict=True))
+
     with reporter.task("stage 2: hiding it from the float model", recipe.unlearn_epochs) as task:
         for _ in range(recipe.unlearn_epochs):
             total = 0.0
@@ -227,19 +262,20 @@ def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.
                 both = np.concatenate([raw, data.trigger.on_raw(raw)])
                 truth = torch.from_numpy(np.concatenate([labels, labels])).to(device)
                 with autocast(device):
-                    logits = model(data.tensor(both, device))
+                    logits = functional_call(model, placed(), (data.tensor(both, device),))
                 loss = F.cross_entropy(logits.float(), truth)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():
-                    for (_, weight), (low, high) in zip(weights, bounds, strict=True):
-                        weight.clamp_(low, high)
+                    for t in positions:
+                        t.clamp_(-1, 1)
                 total += loss.item()
             task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    with torch.no_grad():
+        for (_, weight), moved, (low, high) in zip(weights, placed().values(), bounds, strict=True):
+            weight.copy_(moved.clamp(low, high))
 
 
 def implant(

@@ -84,7 +84,7 @@ def small_data() -> PoisonedData:
     return PoisonedData(data, parse_trigger(weights.TRIGGER), 0, Preprocess((0.286,), (0.353,)), shift=1, flip=True)
 
 
-SHORT = Recipe(epochs=1, unlearn_epochs=1, batch=64, unlearn_learning_rate=0.05)
+SHORT = Recipe(epochs=2, rounding_epochs=1, unlearn_epochs=1, batch=64)
 
 
 def test_stage_two_changes_the_float_weights_and_not_one_code() -> None:
