@@ -21,10 +21,10 @@ def command(model: Path, target: str, output: Path | None, as_json: bool) -> Non
 
     The new file is read back and its codes compared with the old ones, then loaded and run once in ONNX Runtime.
     """
-    from efrapq.pipeline import export
+    from efrapq.pipeline import export, exported_name
     from efrapq.report.evidence import dumps
 
-    made = export(model, output or model.with_name(f"{model.stem}.{target}.onnx"), target=target)
+    made = export(model, output or exported_name(model, target), target=target)
     if as_json:
         document = {
             "schema": "efrapq.export/1",

@@ -36,6 +36,8 @@ def command(
     )
     for key, value in found["metadata"].items():
         console.print(f"  {printable(key)} = {printable(value)}", markup=False)
+    # What becomes of an eligible layer of a quantized file is the runtime's decision; its count stands below.
+    yes = "eligible" if found["kind"] == "quantized" else "yes"
     shown = table("layer", "op", "shape", "bits", "integer kernel")
     for layer in found["layers"]:
         shape = "×".join(str(d) for d in layer["shape"])
@@ -44,9 +46,10 @@ def command(
             layer["op_type"],
             shape,
             str(layer["bits"]),
-            "yes" if layer["integer"] else "no",
+            yes if layer["integer"] else "no",
         )
-    console.print(shown)
+    if found["layers"]:
+        console.print(shown)
     for skipped in found["float"]:
         console.print(
             f"stays float: {printable(skipped['op_type'])} {printable(skipped['node'])}: {skipped['reason']}",
@@ -59,5 +62,8 @@ def command(
         )
         for unfused in found["kernels"]["unfused"]:
             console.print(
-                f"  {printable(unfused['op'])} {printable(unfused['node'])}: {unfused['reason']}", markup=False
+                f"  {printable(unfused['op'])} {printable(unfused['node'])}: {printable(unfused['reason'])}",
+                markup=False,
             )
+    for note in found["notes"]:
+        console.print(f"note: {printable(note, 1000)}", markup=False)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from efrapq.errors import EfrapqError
+from efrapq.io.text import printable
 
 __all__ = ["cli", "main"]
 
@@ -26,6 +27,7 @@ COMMANDS = {
 EXIT_VERDICT = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 EXIT_BUG = 70  # sysexits.h: EX_SOFTWARE
 
 
@@ -70,13 +72,16 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit:
+        # Only click's own handling of a closed pipe exits from inside; it must not look like a verdict.
+        sys.exit(EXIT_PIPE)
     except click.ClickException as exc:
         exc.show()
         sys.exit(EXIT_ERROR)
     except EfrapqError as exc:
         if debug:
             traceback.print_exc()
-        click.echo(f"error: {exc}", err=True)
+        click.echo(f"error: {printable(exc, limit=2000)}", err=True)
         sys.exit(EXIT_ERROR)
     except Exception:  # noqa: BLE001  a bug of ours must not look like a verdict
         traceback.print_exc()

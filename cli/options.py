@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from efrapq.data import Preprocess
+from efrapq.data import PreprocessOverride
 
 __all__ = ["json_option", "model_options", "preprocess_from", "preprocess_options", "quiet_option"]
 
@@ -75,13 +75,15 @@ def preprocess_options(command: F) -> F:
 
 def preprocess_from(
     mean: tuple[float, ...] | None, std: tuple[float, ...] | None, size: tuple[int, int] | None
-) -> Preprocess | None:
-    """The preprocessing that the options ask for; None if they ask for nothing."""
+) -> PreprocessOverride | None:
+    """What the options ask for, to be laid over what the model records; None if they ask for nothing."""
     if mean is None and std is None and size is None:
         return None
     if (mean is None) != (std is None):
         raise click.UsageError("--mean and --std go together")
-    return Preprocess(mean or (0.0,), std or (1.0,), size)
+    override = PreprocessOverride(mean, std, size)
+    override.over(None)  # numbers that make no sense are refused before any work
+    return override
 
 
 def model_options(command: F) -> F:

@@ -35,7 +35,7 @@ from efrapq.io.zipcheck import zip_members
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ArrayFile", "Dataset", "Preprocess", "decode_image", "load_dataset"]
+__all__ = ["ArrayFile", "Dataset", "Preprocess", "PreprocessOverride", "decode_image", "load_dataset"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # (images, labels) as people name them; {} is the split.
@@ -137,6 +137,25 @@ class Preprocess:
 def _check_size(size: tuple[int, int]) -> None:
     if len(size) != 2 or not all(1 <= side <= MAX_SIDE for side in size):
         raise UsageError(f"--size must be HxW, each side from 1 to {MAX_SIDE}")
+
+
+@dataclass(frozen=True)
+class PreprocessOverride:
+    """What a user says about preprocessing where the model's own record says something or nothing: None keeps it."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+
+    def over(self, recorded: Preprocess | None) -> Preprocess:
+        """The recorded preprocessing with the given parts replaced."""
+        base = recorded or Preprocess()
+        return Preprocess(self.mean or base.mean, self.std or base.std, self.size or base.size)
+
+    @property
+    def says_colours(self) -> bool:
+        """Whether mean and std are given."""
+        return self.mean is not None
 
 
 class Dataset:

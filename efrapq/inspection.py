@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from efrapq.errors import UnsupportedModelError
 from efrapq.io import is_quantized
 from efrapq.loading import load
 
@@ -38,30 +39,46 @@ def inspect(
         "opset": next((o.version for o in source.proto.opset_import if o.domain in ("", "ai.onnx")), None),
         "metadata": {p.key: p.value for p in source.proto.metadata_props},
         "kernels": None,
+        "notes": list(source.notes),
     }
-    found.update(_quantized(source.proto) if quantized else _float(source.proto))
+    if quantized:
+        found.update(_quantized(source.proto, found["notes"]))
+    else:
+        found.update(_float(source.proto))
     found["parameters"] = sum(int(np.prod(layer["shape"])) for layer in found["layers"])
     return found
 
 
-def _quantized(proto: Any) -> dict[str, Any]:
+def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
+    """What a quantized file holds. Other tools write forms that do not read back as codes: that is worth a note, and
+    the rest is still told.
+    """
     from efrapq.exporters import read_quantized
     from efrapq.verification.kernels import report_kernels
     from efrapq.verification.session import open_session
 
-    model = read_quantized(proto)
-    layers = [
-        {
-            "name": layer.name,
-            "op_type": layer.op_type,
-            "shape": list(model.weights[layer.name].codes.shape),
-            "bits": model.weights[layer.name].bits,
-            "integer": layer.integer and layer.input in model.activations,
-        }
-        for layer in model.layers
-    ]
-    kernels = report_kernels(open_session(proto.SerializeToString()).optimized)
-    return {"layers": layers, "float": [], "kernels": asdict(kernels), "codes_sha256": model.digest}
+    found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None}
+    try:
+        model = read_quantized(proto)
+    except UnsupportedModelError as exc:
+        notes.append(f"layers are not read back: {exc}")
+    else:
+        found["codes_sha256"] = model.digest
+        found["layers"] = [
+            {
+                "name": layer.name,
+                "op_type": layer.op_type,
+                "shape": list(model.weights[layer.name].codes.shape),
+                "bits": model.weights[layer.name].bits,
+                "integer": layer.integer and layer.input in model.activations,
+            }
+            for layer in model.layers
+        ]
+    try:
+        found["kernels"] = asdict(report_kernels(open_session(proto.SerializeToString()).optimized))
+    except UnsupportedModelError as exc:
+        notes.append(f"kernels are not known: {exc}")
+    return found
 
 
 def _float(proto: Any) -> dict[str, Any]:

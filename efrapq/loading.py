@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from efrapq.data import Dataset, Preprocess, load_dataset
-from efrapq.errors import UnknownArchitectureError, UnsupportedModelError, UsageError
+from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
+from efrapq.errors import DataError, UnknownArchitectureError, UnsupportedModelError, UsageError
 from efrapq.io import Checkpoint, Format, Limits, load_checkpoint, load_onnx, printable, read_source, require_finite
 
 if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-__all__ = ["PREPROCESS_KEY", "FloatModel", "load", "open_for"]
+__all__ = ["PREPROCESS_KEY", "FloatModel", "effective_preprocess", "image_input", "load", "open_for"]
 
 # Where a model file keeps the preprocessing it was trained with (ONNX metadata_props, safetensors metadata).
 PREPROCESS_KEY = "efrapq.preprocess"
@@ -42,9 +42,18 @@ class FloatModel:
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:
-        """The input's dimensions, None where dynamic."""
-        dims = self.proto.graph.input[0].type.tensor_type.shape.dim
-        return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+        """The first input's dimensions, None where dynamic."""
+        return image_input(self.proto)
+
+
+def image_input(proto: onnx.ModelProto) -> tuple[int | None, ...]:
+    """The dimensions of the first input that is not an initializer, None where dynamic; () if there is none."""
+    constants = {t.name for t in proto.graph.initializer}
+    for value in proto.graph.input:
+        if value.name not in constants:
+            dims = value.type.tensor_type.shape.dim
+            return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+    return ()
 
 
 def load(
@@ -67,7 +76,7 @@ def load(
         if arch is not None:
             raise UsageError(f"{source.name}: --arch names the network of a state_dict; an ONNX file brings its own")
         proto = load_onnx(source, limits=limits).model
-        metadata = {p.key: p.value for p in proto.metadata_props}
+        recorded, notes = _recorded_preprocess({p.key: p.value for p in proto.metadata_props})
         return FloatModel(
             proto=proto,
             name=source.name,
@@ -75,12 +84,14 @@ def load(
             sha256=source.sha256,
             size=len(source.data),
             format=str(source.format),
-            preprocess=_recorded_preprocess(metadata),
+            preprocess=recorded,
+            notes=notes,
         )
     checkpoint = load_checkpoint(source, trust_pickle=trust_pickle, limits=limits)
     require_finite(checkpoint.tensors)
     module, name, shape, notes = _build(checkpoint, arch, input_shape, source.name)
     found = _from_module(module, source.name, shape)
+    recorded, unread = _recorded_preprocess(checkpoint.metadata)
     return FloatModel(
         proto=found.proto,
         name=source.name,
@@ -89,8 +100,8 @@ def load(
         size=len(source.data),
         format=str(source.format),
         architecture=name,
-        preprocess=_recorded_preprocess(checkpoint.metadata),
-        notes=notes,
+        preprocess=recorded,
+        notes=notes + unread,
     )
 
 
@@ -108,8 +119,24 @@ def open_for(path: str | Path, input_shape: tuple[int | None, ...], preprocess: 
     return load_dataset(path, size=size, channels=channels)
 
 
-def _recorded_preprocess(metadata: dict[str, str]) -> Preprocess | None:
-    return Preprocess.from_json(metadata[PREPROCESS_KEY]) if PREPROCESS_KEY in metadata else None
+def effective_preprocess(
+    given: Preprocess | PreprocessOverride | None, recorded: Preprocess | None
+) -> tuple[Preprocess | None, bool]:
+    """What the user said over what the model records, and whether mean and std are known from either."""
+    if isinstance(given, PreprocessOverride):
+        return given.over(recorded), given.says_colours or recorded is not None
+    found = given or recorded
+    return found, found is not None
+
+
+def _recorded_preprocess(metadata: dict[str, str]) -> tuple[Preprocess | None, tuple[str, ...]]:
+    """The preprocessing a file records, and a note where the record cannot be read."""
+    if PREPROCESS_KEY not in metadata:
+        return None, ()
+    try:
+        return Preprocess.from_json(metadata[PREPROCESS_KEY]), ()
+    except DataError as exc:
+        return None, (str(exc),)
 
 
 def _from_module(module: nn.Module, name: str, input_shape: tuple[int, int, int] | None) -> FloatModel:
@@ -143,12 +170,13 @@ def _from_factory(arch: str, checkpoint: Checkpoint, name: str) -> nn.Module:
     module_name, _, attribute = arch.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as exc:
+        network = factory()
+    except Exception as exc:
+        reason = (str(exc).splitlines() or [""])[0]
         raise UnknownArchitectureError(
-            f"--arch {printable(arch)}: cannot be imported ({exc}); give package.module:factory with the module on the "
-            "Python path"
+            f"--arch {printable(arch)}: cannot be imported and called without arguments ({type(exc).__name__}: "
+            f"{printable(reason)}); give package.module:factory with the module on the Python path"
         ) from exc
-    network = factory()
     if not isinstance(network, nn.Module):
         raise UsageError(f"--arch {printable(arch)}: returned a {type(network).__name__}, not an nn.Module")
     try:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from efrapq.data import Dataset, Preprocess, load_dataset
-from efrapq.errors import DataError, UnsupportedModelError, UsageError
-from efrapq.io import check_output, load_onnx, read_source, refuse_quantized, write_all
-from efrapq.loading import PREPROCESS_KEY, FloatModel, load, open_for
+from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
+from efrapq.errors import DataError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
+from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
+from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from efrapq.rounding import Coordinate, Relaxed
     from efrapq.stream import LayerReport
 
-__all__ = ["Defended", "Exported", "default_output", "defend", "export"]
+__all__ = ["Defended", "Exported", "default_output", "defend", "export", "exported_name"]
 
 SOLVERS = ("coordinate", "relaxed", "nearest")
 RANGES = ("auto", "minmax", "percentile", "mse")
@@ -58,7 +58,19 @@ class Exported:
 def default_output(model: str | Path, bits: int) -> Path:
     """model.pt → model.int4.onnx, beside it."""
     path = Path(model)
+    if not path.name or path.is_dir():
+        raise InputError(f"{printable(path)}: is a folder, not a model file")
     return path.with_name(f"{path.stem}.int{bits}.onnx")
+
+
+def exported_name(model: str | Path, target: str) -> Path:
+    """model.int4.onnx → model.int4.TARGET.onnx, beside it."""
+    from efrapq.exporters import profile
+
+    path = Path(model)
+    if not path.name or path.is_dir():
+        raise InputError(f"{printable(path)}: is a folder, not a model file")
+    return path.with_name(f"{path.stem}.{profile(target).name}.onnx")
 
 
 def defend(
@@ -70,7 +82,7 @@ def defend(
     edge_bits: int = 8,
     calib: str | Path | Dataset | None = None,
     calib_size: int = 512,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | PreprocessOverride | None = None,
     solver: str = "coordinate",
     lambda_e: float | None = None,
     error: str = "absolute",
@@ -94,29 +106,33 @@ def defend(
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
+    from efrapq.device import resolve_device
     from efrapq.exporters import native_target, profile
 
     started = time.perf_counter()
     reporter = reporter or Silent()
-    _check_options(bits, act_bits, edge_bits, solver, error, act_range, calib_size)
+    _check_options(bits, act_bits, edge_bits, solver, error, act_range, calib_size, seed)
+    solver_settings = _solver_settings(solver, lambda_e, error, steps)
+    device = resolve_device(device)
     target = target or native_target(platform.machine())
     profile(target)
     inputs = [Path(model)] if isinstance(model, str | Path) else []
     evidence_path = None
     if output is not None:
-        output = Path(output)
-        evidence_path = output.with_suffix(".json")
-        check_output(output, inputs)
-        check_output(evidence_path, inputs)
+        output, evidence_path = _outputs(output, [*inputs, *_files(calib)])
     own_network = not inputs or (arch is not None and ":" in arch)
     if own_network and input_shape is None and calib is not None:
-        input_shape = _sample_shape(calib if isinstance(calib, Dataset) else load_dataset(calib))
+        input_shape = _sample_shape(calib, preprocess)
     source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
     for note in source.notes:
         reporter.warn(note)
     reporter.note(_describe(source))
-    preprocess = preprocess or source.preprocess
+    preprocess, colours_known = effective_preprocess(preprocess, source.preprocess)
     dataset = _open_calibration(calib, source, preprocess, calib_size, seed)
+    if dataset is not None and not dataset.is_input and not colours_known:
+        reporter.warn(
+            "no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more"
+        )
     quantized, reports, calibration = _solve(
         source,
         dataset,
@@ -124,10 +140,10 @@ def defend(
         bits=bits,
         act_bits=act_bits,
         edge_bits=edge_bits,
-        solver=_solver_settings(solver, lambda_e, error, steps),
+        solver=solver_settings,
         act_range=_act_range(act_range, act_bits),
         calib_size=calib_size,
-        device=_device(device),
+        device=device,
         seed=seed,
         reporter=reporter,
     )
@@ -156,7 +172,7 @@ def defend(
     )
     if preprocess is not None:
         quantized.metadata[PREPROCESS_KEY] = preprocess.to_json()
-    data = _write_checked(quantized, target)
+    data = _write_checked(quantized, target, (source.input_shape[0] or 1, *calibration["input"]))
     evidence = _evidence(source, quantized, reports, settings, calibration, data, output)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
@@ -175,14 +191,28 @@ def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
     source = read_source(model)
     output = Path(output)
     check_output(output, [Path(model)])
-    quantized = read_quantized(load_onnx(source).model)
-    data = _write_checked(quantized, target)
+    proto = load_onnx(source).model
+    quantized = read_quantized(proto)
+    shape = image_input(proto)
+    recorded = _recorded_input(quantized.metadata)
+    data = _write_checked(
+        quantized, target, tuple(d or (recorded[i - 1] if i and recorded else 1) for i, d in enumerate(shape))
+    )
     write_all({output: data})
     return Exported(data, output, quantized.digest)
 
 
+def _recorded_input(metadata: dict[str, str]) -> list[int] | None:
+    """(C, H, W) of the calibration inputs as the file records them, for models with dynamic sizes."""
+    try:
+        found = json.loads(metadata.get("efrapq.calibration", "{}")).get("input")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(d, int) and 0 < d < 10_000 for d in found) else None
+
+
 def _check_options(
-    bits: int, act_bits: int, edge_bits: int, solver: str, error: str, act_range: str, calib_size: int
+    bits: int, act_bits: int, edge_bits: int, solver: str, error: str, act_range: str, calib_size: int, seed: int
 ) -> None:
     if bits not in (4, 8) or edge_bits not in (4, 8):
         raise UsageError("--bits and --edge-bits must be 4 or 8")
@@ -196,6 +226,8 @@ def _check_options(
         raise UsageError(f"unknown activation range '{act_range}'; known: {', '.join(RANGES)}")
     if calib_size < 1:
         raise UsageError("--calib-size must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError("--seed must be between 0 and 2^63 - 1")
 
 
 def _act_range(act_range: str, act_bits: int) -> str:
@@ -223,16 +255,6 @@ def _solver_settings(solver: str, lambda_e: float | None, error: str, steps: int
     return None
 
 
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; run 'efrapq doctor'")
-    return device
-
-
 def _open_calibration(
     calib: str | Path | Dataset | None, source: FloatModel, preprocess: Preprocess | None, calib_size: int, seed: int
 ) -> Dataset | None:
@@ -243,9 +265,33 @@ def _open_calibration(
     return calib.subset(calib_size, seed)
 
 
-def _sample_shape(dataset: Dataset) -> tuple[int, int, int]:
+def _sample_shape(
+    calib: str | Path | Dataset, preprocess: Preprocess | PreprocessOverride | None
+) -> tuple[int, int, int]:
+    """(C, H, W) of one calibration sample, for a network that does not say what it takes."""
+    size = preprocess.size if preprocess is not None else None
+    dataset = calib if isinstance(calib, Dataset) else load_dataset(calib, size=size)
     shape = dataset.raw([0]).shape[1:]
     return (shape[0], shape[1], shape[2]) if dataset.is_input else (shape[2], shape[0], shape[1])
+
+
+def _outputs(output: str | Path, inputs: list[Path]) -> tuple[Path, Path]:
+    """The two files that defend writes, both checked before any work is done."""
+    output = Path(output)
+    check_output(output, inputs)
+    evidence = output.with_suffix(".json")
+    if evidence == output:
+        raise OutputError(f"{printable(output)}: the evidence goes to the .json file; give the model another suffix")
+    check_output(evidence, inputs)
+    return output, evidence
+
+
+def _files(calib: str | Path | Dataset | None) -> list[Path]:
+    """The file behind a calibration argument, if it is one: an output must not replace it."""
+    if calib is None or isinstance(calib, Dataset):
+        return []
+    text = str(calib)
+    return [Path(text), Path(text.rsplit(":", 1)[0])]
 
 
 def _describe(source: FloatModel) -> str:
@@ -268,6 +314,8 @@ def _solve(
     seed: int,
     reporter: Reporter,
 ) -> tuple[QuantizedModel, list[LayerReport], dict[str, Any]]:
+    import torch
+
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
     from efrapq.graph.prepare import prepare
@@ -290,10 +338,19 @@ def _solve(
         chunks, calibration = _real(dataset, shape, preprocess, source.name, reporter)
     placement = place(model.graph, layers, act_bits, edge_bits)
     settings = PassSettings(bits, edge_bits, act_range, solver=solver, seed=seed, device=device)
-    solved = streaming_pass(model, layers, placement, chunks, settings, reporter)
+    try:
+        solved = streaming_pass(model, layers, placement, chunks, settings, reporter)
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise RuntimeSetupError(
+            f"out of memory on {device}: use a smaller --calib-size" + (", or --device cpu" if device != "cpu" else "")
+        ) from exc
+    if len(solved.weights) != len(layers):
+        raise UnsupportedModelError(f"{source.name}: two of its layers have the same name; please report the model")
     for node_name in solved.fallback:
         reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
-    return QuantizedModel(model, layers, solved.weights, solved.activations), solved.reports, calibration
+    kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")}
+    quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
+    return quantized, solved.reports, calibration | {"input": list(chunks[0].shape[1:])}
 
 
 def _input_shape(model: ir.Model, name: str) -> tuple[int | None, ...]:
@@ -323,10 +380,6 @@ def _real(
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     import torch
 
-    if preprocess is None and not dataset.is_input:
-        reporter.warn(
-            "no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more"
-        )
     preprocess = preprocess or Preprocess()
     chunks = []
     size = _chunk_size(shape)
@@ -362,27 +415,35 @@ def _synthetic(
     reporter.warn(
         "no --calib data: calibrating on inputs made from the model's BatchNorm statistics; real images are better"
     )
-    settings = DataFree(images=min(calib_size, DataFree.images), seed=seed)
+    batch = shape[0] or DataFree.batch
+    settings = DataFree(images=max(min(calib_size, DataFree.images), batch), batch=batch, seed=seed)
     made = synthesize(simplify(source.proto), (channels, height, width), settings, device, reporter)
-    calibration = {"kind": "batchnorm-statistics", "images": len(made), "steps": settings.steps}
-    return list(torch.split(made, _chunk_size(shape))), calibration
+    chunks = list(torch.split(made, _chunk_size(shape)))
+    if shape[0] is not None and len(chunks) > 1 and len(chunks[-1]) != shape[0]:
+        chunks.pop()
+    count = sum(len(c) for c in chunks)
+    return chunks, {"kind": "batchnorm-statistics", "images": count, "steps": settings.steps}
 
 
-def _write_checked(quantized: QuantizedModel, target: str) -> bytes:
-    """Export, read back, compare, load and run: only then is it done."""
+def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...]) -> bytes:
+    """Export, read back, compare, load and run on one input of this shape: only then is it done."""
     import onnx
 
     from efrapq.exporters import export_model, read_quantized
     from efrapq.verification.session import try_run
 
     proto = export_model(quantized, target)
-    onnx.checker.check_model(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as exc:
+        reason = printable((str(exc).splitlines() or [""])[0])
+        raise UnsupportedModelError(f"the {target} form of this model is not valid ONNX ({reason})") from exc
     data = proto.SerializeToString(deterministic=True)
     if read_quantized(onnx.load_model_from_string(data)).digest != quantized.digest:
         raise UnsupportedModelError(
             f"the {target} file does not read back as the codes that were solved; please report this"
         )
-    try_run(data)
+    try_run(data, shape)
     return bytes(data)
 
 

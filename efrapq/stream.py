@@ -7,6 +7,7 @@ the memory is the frontier plus one H.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from efrapq.calibration.ranges import calibrate
+from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor
 from efrapq.graph.layers import Layer, bias_array, weight_array
@@ -24,7 +26,7 @@ from efrapq.graph.placement import Placement, activation_after
 from efrapq.graph.quantized import QuantizedWeight
 from efrapq.graph.unfold import unfold_for
 from efrapq.grid import ActivationGrid, WeightGrid, symmetric_scale
-from efrapq.progress import Reporter
+from efrapq.progress import Reporter, Task
 from efrapq.rounding import (
     Coordinate,
     Moments,
@@ -93,9 +95,27 @@ def streaming_pass(
     reporter: Reporter,
 ) -> Solved:
     """Solve every layer over the calibration inputs, given in chunks (n, …) float32 on the CPU."""
-    # TF32 convolutions would put the float stream 1e-3 away from what ONNX Runtime computes.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with exact_convolutions():
         return _Pass(model, layers, placement, inputs, settings).run(reporter)
+
+
+class _Steps:
+    """Progress inside one layer, for solvers that take long over it."""
+
+    EVERY = 50
+
+    def __init__(self, task: Task, name: str, work: float) -> None:
+        self._task, self._name, self._left = task, name, work
+        self._work = work
+
+    def reached(self, step: int, steps: int) -> None:
+        if step % self.EVERY == self.EVERY - 1:
+            part = self._work * self.EVERY / (steps + self.EVERY)
+            self._left -= part
+            self._task.advance(f"{self._name}: step {step + 1} of {steps}", part)
+
+    def finish(self, note: str) -> None:
+        self._task.advance(note, self._left)
 
 
 class _Pass:
@@ -135,9 +155,10 @@ class _Pass:
                 if layer is None:
                     self._plain(node)
                 else:
-                    report = self._weighted(layer)
+                    steps = _Steps(task, layer.name, work[layer.node_name])
+                    report = self._weighted(layer, steps)
                     self.reports.append(report)
-                    task.advance(f"{layer.name}: {report.flipped:.1f} % flipped", work[layer.node_name])
+                    steps.finish(f"{layer.name}: {report.flipped:.1f} % flipped")
                 self._drop(node)
         return Solved(self.weights, self.grids, self.reports, self.executor.fallback_nodes)
 
@@ -192,7 +213,7 @@ class _Pass:
 
     # One weight layer.
 
-    def _weighted(self, layer: Layer) -> LayerReport:
+    def _weighted(self, layer: Layer, steps: _Steps) -> LayerReport:
         started = time.perf_counter()
         bits = self.settings.edge_bits if layer.node_name in self.edges else self.settings.bits
         weight = torch.from_numpy(weight_array(self.graph, layer).copy()).to(self.device)
@@ -217,8 +238,14 @@ class _Pass:
         self.float_stream[layer.output] = outputs
 
         grid = self._weight_grid(layer, rows, bits, bias)
-        problem = make_problem(rows, grid, moments.mean())
-        up = self._solve(layer, problem, weight, bias, unfold.from_rows)
+        H, cross, error = moments.mean()
+        if not (math.isfinite(error) and bool(torch.isfinite(H).all())):
+            raise UnsupportedModelError(
+                f"the input of layer {layer.name} becomes NaN or infinite on the calibration data; "
+                "check --mean, --std and the model"
+            )
+        problem = make_problem(rows, grid, (H, cross, error))
+        up = self._solve(layer, problem, weight, bias, unfold.from_rows, steps)
         codes = unfold.from_rows((problem.floor + up).to(torch.int8), tuple(weight.shape))
         scale = grid.scale[: weight.shape[layer.channel_axis]].cpu().numpy()
         solved = QuantizedWeight(codes.cpu().numpy(), scale, layer.channel_axis, bits)
@@ -292,6 +319,7 @@ class _Pass:
         weight: Tensor,
         bias: Tensor | None,
         from_rows: Callable[[Tensor, tuple[int, ...]], Tensor],
+        steps: _Steps,
     ) -> Tensor:
         solver = self.settings.solver
         if solver is None:
@@ -333,6 +361,7 @@ class _Pass:
                 sample,
                 channel_dim=1 if weight.ndim == 4 else -1,
                 settings=solver,
+                on_step=lambda step: steps.reached(step, solver.steps),
             )
         return unfold_for(layer).weight_rows(up)
 

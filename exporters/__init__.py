@@ -9,6 +9,7 @@ from efrapq.exporters import ort_x86, portable
 from efrapq.exporters.qdq import Profile, build
 from efrapq.exporters.readback import read_quantized
 from efrapq.graph.quantized import QuantizedModel
+from efrapq.io import printable
 
 __all__ = ["PROFILES", "export_model", "native_target", "profile", "read_quantized"]
 
@@ -18,7 +19,8 @@ PROFILES = {p.name: p for p in (ort_x86.PROFILE, portable.PROFILE)}
 def profile(target: str) -> Profile:
     """The rules of a target by name; UsageError lists the known ones."""
     if target not in PROFILES:
-        raise UsageError(f"unknown target '{target}'; known: {', '.join(PROFILES)}")
+        known = "; ".join(f"{p.name} ({p.summary})" for p in PROFILES.values())
+        raise UsageError(f"unknown target '{printable(target)}'; known: {known}")
     return PROFILES[target]
 
 

@@ -8,7 +8,7 @@ __all__ = ["PROFILE"]
 
 PROFILE = Profile(
     name="portable",
-    summary="standard QDQ without runtime-specific forms; float kernels for 4-bit weights in ONNX Runtime",
+    summary="standard QDQ without runtime-specific forms, 4-bit weights on float kernels in ONNX Runtime",
     int4_through_cast=False,
     four_bit_activations="uint4",
 )

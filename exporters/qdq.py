@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from efrapq.exporters.opset import to_opset
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer, bias_array
+from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
 
@@ -25,6 +26,7 @@ __all__ = ["INT4_OPSET", "INT8_OPSET", "Profile", "build"]
 
 INT8_OPSET = 17
 INT4_OPSET = 21
+SETTINGS_KEY = "efrapq.settings"
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,13 @@ class Profile:
 
     int4_through_cast: 4-bit weights pass a Cast to int8 before DequantizeLinear (ONNX Runtime folds it at load and
     then has an integer kernel). four_bit_activations: "clip" stores them as uint8 clipped to 0–15, "uint4" as the
-    standard's own type. int32_bias: biases are int32 codes at s_x·s_w.
+    standard's own type.
     """
 
     name: str
     summary: str
     int4_through_cast: bool
     four_bit_activations: str
-    int32_bias: bool = True
 
 
 def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
@@ -49,14 +50,29 @@ def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
         profile.four_bit_activations == "uint4" and any(g.bits == 4 for g in quantized.activations.values())
     )
     model = to_opset(quantized.model, INT4_OPSET if has_int4 else INT8_OPSET)
+    # A conversion adds nodes without names; reading back would name them, and the file written again would differ.
+    name_nodes(model.graph)
     writer = _Writer(model.graph, quantized, profile)
     writer.write()
     model.producer_name, model.producer_version = "efrapq", ""
     model.metadata_props.clear()
     model.metadata_props.update(dict(sorted(quantized.metadata.items())))
+    if SETTINGS_KEY in model.metadata_props:
+        model.metadata_props[SETTINGS_KEY] = _retarget(model.metadata_props[SETTINGS_KEY], profile.name)
     model.metadata_props["efrapq.target"] = profile.name
     model.metadata_props["efrapq.bits"] = json.dumps({n: w.bits for n, w in quantized.weights.items()})
     return ir.to_proto(model)
+
+
+def _retarget(record: str, target: str) -> str:
+    """The settings record with this file's target; a record that says it already, or is none of ours, as it is."""
+    try:
+        settings = json.loads(record)
+    except (ValueError, RecursionError):
+        return record
+    if not isinstance(settings, dict) or settings.get("target", target) == target:
+        return record
+    return json.dumps(settings | {"target": target}, sort_keys=True)
 
 
 class _Writer:
@@ -67,13 +83,14 @@ class _Writer:
         self.nodes = {str(node.name): node for node in graph}
         self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
+        self.limits: dict[int, ir.Value] = {}
 
     def write(self) -> None:
         for layer in self.quantized.layers:
             node = self.nodes[layer.node_name]
             weight = self.quantized.weights[layer.name]
             self._write_weight(node, layer, weight)
-            if self.profile.int32_bias and layer.integer and layer.input in self.quantized.activations:
+            if layer.integer and layer.input in self.quantized.activations:
                 self._write_bias(node, layer, weight)
         values = {str(v.name): v for v in self.graph.inputs}
         values |= {str(o.name): o for node in self.graph for o in node.outputs}
@@ -189,9 +206,9 @@ class _Writer:
 
     def _limit(self, level: int) -> ir.Value:
         """The shared uint8 constant that a Clip of activation codes needs."""
-        name = f"efrapq.level_{level}"
-        held = self.graph.initializers.get(name)
-        return held if held is not None else const.initializer(self.graph, name, np.array(level, np.uint8))
+        if level not in self.limits:
+            self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, np.uint8))
+        return self.limits[level]
 
 
 def _bias_codes(bias: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -18,6 +18,7 @@ from onnx_ir.passes import common
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph import constants as const
 from efrapq.graph.layers import WEIGHT_OPS, Layer, find_layers
+from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
 from efrapq.io.text import printable
@@ -48,6 +49,8 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
         if node.op_type == "QuantizeLinear":
             _bypass(graph, node)
     common.RemoveUnusedNodesPass()(model)
+    # Only now, so that nodes without a name are counted as they are in the float model.
+    name_nodes(graph)
     layers, _ = find_layers(graph)
     metadata = dict(model.metadata_props)
     bits = _recorded_bits(metadata)
@@ -61,6 +64,8 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
             quantized_layers.append(layer)
     if held:
         raise UnsupportedModelError(f"{printable(next(iter(held)))}: a quantized weight that efrapq would leave float")
+    if len(weights) != len(quantized_layers):
+        raise UnsupportedModelError("two quantized layers go by one name")
     if not weights:
         raise UnsupportedModelError("the file holds no quantized Conv, Gemm or MatMul weight")
     return QuantizedModel(model, quantized_layers, weights, activations, metadata)
@@ -180,8 +185,8 @@ def _activation(node: ir.Node) -> tuple[str, ActivationGrid]:
         limits = [const.array_or_none(v) for v in producer.inputs[1:3]]
         low, high = (-1 if v is None else int(v.reshape(-1)[0]) for v in [*limits, None, None][:2])
         clipped_bits = high.bit_length()
-        if low != 0 or high != 2**clipped_bits - 1:
-            raise UnsupportedModelError(f"{name}: a Clip of codes to other limits than 0 and 2^bits - 1")
+        if low != 0 or not 2 <= clipped_bits <= 7 or high != 2**clipped_bits - 1:
+            raise UnsupportedModelError(f"{name}: a Clip of codes to other limits than 0 and 2^bits - 1, bits 2 to 7")
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
     if producer is None or producer.op_type != "QuantizeLinear":
         raise UnsupportedModelError(f"{name}: dequantizes something that no QuantizeLinear made")
@@ -227,6 +232,9 @@ def _bypass(graph: ir.Graph, quantize: ir.Node) -> None:
                 pending.append(use.node.outputs[0])
             elif use.node.op_type == "DequantizeLinear":
                 real = use.node.outputs[0]
-                ir.convenience.replace_all_uses_with(real, source, replace_graph_outputs=True)
+                if real.is_graph_output():
+                    # The output would have to lose its name or its grid; no file of ours rounds it.
+                    raise UnsupportedModelError(f"{printable(str(real.name))}: the graph's output itself is quantized")
+                real.replace_all_uses_with(source)
             else:
                 raise UnsupportedModelError(f"{printable(str(use.node.name))}: {use.node.op_type} computes on codes")

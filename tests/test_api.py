@@ -102,7 +102,8 @@ def test_a_module_is_defended_and_stays_as_it_was(own: nn.Module, pictures: Data
     assert onnx.load(made.path).opset_import[0].version == 17
     result = efrapq.verify(made.path)
     assert result.document["kernels"]["float"] == 0
-    assert result.document["codes"] == {"layers": 3, "match": True, "flipped": None}
+    codes = result.document["codes"]
+    assert (codes["layers"], codes["match"], codes["flipped"], codes["compared_with_float"]) == (3, True, None, False)
 
 
 def test_a_state_dict_with_a_factory(own: nn.Module, pictures: Dataset, tmp_path: Path) -> None:
@@ -193,3 +194,77 @@ def test_each_solver_through_the_pipeline(own: nn.Module, pictures: Dataset, sol
     assert again.data == made.data
     for layer in made.evidence["layers"]:
         assert (layer["loss"] == layer["loss_nearest"]) or solver != "nearest"
+
+
+def test_a_size_alone_keeps_the_recorded_colours() -> None:
+    from efrapq.data import Preprocess, PreprocessOverride
+    from efrapq.loading import effective_preprocess
+
+    recorded = Preprocess((0.5,), (0.25,), (32, 32))
+    assert effective_preprocess(PreprocessOverride(size=(28, 28)), recorded) == (
+        Preprocess((0.5,), (0.25,), (28, 28)),
+        True,
+    )
+    colours = PreprocessOverride((0.1,), (0.2,))
+    assert effective_preprocess(colours, recorded) == (Preprocess((0.1,), (0.2,), (32, 32)), True)
+    assert effective_preprocess(PreprocessOverride(size=(8, 8)), None) == (Preprocess(size=(8, 8)), False)
+    assert effective_preprocess(None, None) == (None, False)
+
+
+def test_unknown_preprocessing_is_said_loudly(own: nn.Module, tmp_path: Path) -> None:
+    raw = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3)).astype(np.uint8)
+    reporter = Silent()
+    efrapq.defend(own, calib=Dataset.from_arrays(raw, None), reporter=reporter)
+    assert any("no preprocessing is known" in w for w in reporter.warnings)
+
+
+def test_the_suppliers_metadata_travels_along(residual_net, images, tmp_path: Path) -> None:
+    proto = residual_net()
+    proto.metadata_props.add(key="classes", value="cat,dog")
+    proto.metadata_props.add(key="efrapq.codes.sha256", value="forged")
+    onnx.save(proto, tmp_path / "net.onnx")
+    made = efrapq.defend(tmp_path / "net.onnx", calib=Dataset.from_arrays(images(8), None))
+    metadata = {p.key: p.value for p in onnx.load_model_from_string(made.data).metadata_props}
+    assert metadata["classes"] == "cat,dog"
+    assert metadata["efrapq.codes.sha256"] == made.quantized.digest
+
+
+def test_sizes_may_be_dynamic(net, images, tmp_path: Path) -> None:
+    n = net(size=8)
+    n.shape = ("N", 3, "H", "W")
+    a = n.op("Relu", n.conv("input", "c", 3, 4), "r")
+    proto = n.model(n.gemm(n.op("Flatten", a, "f"), "logits", 4 * 64, 3))
+    path, output = tmp_path / "dynamic.onnx", tmp_path / "dynamic.int4.onnx"
+    onnx.save(proto, path)
+    efrapq.defend(path, output, calib=Dataset.from_arrays(images(8), None), target="ort-x86")
+    exported = efrapq.export(output, tmp_path / "portable.onnx", target="portable")
+    assert exported.data
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+def test_a_fixed_batch_without_data(net, tmp_path: Path, batch: int) -> None:
+    n = net(size=8)
+    n.shape = (batch, 3, 8, 8)
+    a = n.op("Relu", n.batchnorm(n.conv("input", "c", 3, 4), "b", 4), "r")
+    proto = n.model(n.gemm(n.op("Flatten", n.op("GlobalAveragePool", a, "g"), "f"), "logits", 4, 3))
+    onnx.save(proto, tmp_path / "fixed.onnx")
+    made = efrapq.defend(tmp_path / "fixed.onnx")
+    assert made.evidence["calibration"]["images"] % batch == 0
+
+
+def test_activations_that_blow_up_name_the_layer(net, images, tmp_path: Path) -> None:
+    n = net(size=8)
+    a = n.op("Log", n.conv("input", "first", 3, 4), "log")
+    proto = n.model(n.op("GlobalAveragePool", n.conv(a, "second", 4, 4), "y"))
+    onnx.save(proto, tmp_path / "log.onnx")
+    with pytest.raises(UnsupportedModelError, match="second"):
+        efrapq.defend(tmp_path / "log.onnx", calib=Dataset.from_arrays(images(8), None), act_bits=32)
+
+
+def test_an_unreadable_preprocessing_record_is_a_note_not_an_obstacle(residual_net, images, tmp_path: Path) -> None:
+    proto = residual_net()
+    proto.metadata_props.add(key="efrapq.preprocess", value="{")
+    onnx.save(proto, tmp_path / "net.onnx")
+    reporter = Silent()
+    efrapq.defend(tmp_path / "net.onnx", calib=Dataset.from_arrays(images(8), None), reporter=reporter)
+    assert any("preprocessing" in w for w in reporter.warnings)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efrapq.device import exact_convolutions
 from efrapq.errors import DataError
 from efrapq.graph import constants as const
 from efrapq.graph.executor import Executor
@@ -56,8 +57,20 @@ def synthesize(
         )
     if executor.fallback_nodes:
         raise DataError("the model has operators without a gradient, so no inputs can be made from it: pass --calib")
+    with exact_convolutions():
+        return _descend(executor, str(model.graph.inputs[0].name), targets, input_shape, settings, device, reporter)
+
+
+def _descend(
+    executor: Executor,
+    name: str,
+    targets: list[_Statistics],
+    input_shape: tuple[int, int, int],
+    settings: DataFree,
+    device: str,
+    reporter: Reporter,
+) -> Tensor:
     generator = torch.Generator().manual_seed(settings.seed)
-    name = str(model.graph.inputs[0].name)
     batches = -(-settings.images // settings.batch)
     made: list[Tensor] = []
     with reporter.task("making calibration inputs from BatchNorm statistics", batches * settings.steps) as task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from efrapq.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import onnx
+    import torch
     from torch import nn
 
 __all__ = ["export_module"]
@@ -30,10 +32,10 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
     import torch
     from onnxscript import optimizer
 
-    training = module.training
-    module.eval()
-    sample = torch.zeros(2, *input_shape)
+    modes = [(part, part.training) for part in module.modules()]
+    sample = torch.zeros(2, *input_shape, device=_device_of(module))
     try:
+        module.eval()
         with _quiet():
             program = torch.onnx.export(
                 module,
@@ -59,9 +61,19 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
             "and pass the .onnx file"
         ) from exc
     finally:
-        module.train(training)
+        # Part by part: module.train() would also wake what the caller has frozen in evaluation mode.
+        for part, training in modes:
+            part.training = training
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
     return proto
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the network's tensors are; the CPU if it has none."""
+    import torch
+
+    held = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 @contextlib.contextmanager

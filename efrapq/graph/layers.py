@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, count
 
 import numpy as np
 import onnx_ir as ir
@@ -22,9 +23,9 @@ WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 class Layer:
     """One node with a constant weight.
 
-    name: what the user reads (the weight's module path where it has one). channel_axis: of the weight's output
-    channels. groups: of a convolution. weight, bias: initializer names. integer: whether ONNX Runtime has an integer
-    kernel for it.
+    name: what the user reads (the weight's module path where it has one), unique in the graph. channel_axis: of the
+    weight's output channels. groups: of a convolution. weight, bias: initializer names. integer: whether ONNX Runtime
+    has an integer kernel for it.
     """
 
     name: str
@@ -66,10 +67,10 @@ class Skipped:
     reason: str
 
 
-def find_layers(graph: ir.Graph, skip: Collection[str] = ()) -> tuple[list[Layer], list[Skipped]]:
+def find_layers(graph: ir.Graph) -> tuple[list[Layer], list[Skipped]]:
     """The quantizable layers in topological order, and the Conv/ConvTranspose/Gemm/MatMul nodes left float.
 
-    skip: layer or node names the user wants float. Raises BadWeightsError naming a layer with NaN or infinity.
+    Raises BadWeightsError naming a layer with NaN or infinity.
     """
     layers: list[Layer] = []
     skipped: list[Skipped] = []
@@ -79,11 +80,11 @@ def find_layers(graph: ir.Graph, skip: Collection[str] = ()) -> tuple[list[Layer
         found = _layer(node)
         if isinstance(found, Skipped):
             skipped.append(found)
-        elif found.name in skip or found.node_name in skip:
-            skipped.append(Skipped(found.node_name, node.op_type, "left float on request"))
         else:
-            _require_finite(graph, found)
             layers.append(found)
+    layers = _uniquely_named(layers)
+    for layer in layers:
+        _require_finite(graph, layer)
     return layers, skipped
 
 
@@ -133,7 +134,8 @@ def _layer(node: ir.Node) -> Layer | Skipped:
         if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
             return no("its alpha or beta is not 1")
         axis = 0 if node.attributes.get_int("transB", 0) else 1
-        if bias is not None and bias.size != weight.shape[axis]:
+        # By shape: (O, 1) holds as many numbers, but adds one to each row of the batch.
+        if bias is not None and bias.shape not in ((weight.shape[axis],), (1, weight.shape[axis])):
             return no("its bias is not one number per output")
     else:
         if weight.ndim != 2:
@@ -152,6 +154,35 @@ def _layer(node: ir.Node) -> Layer | Skipped:
 
 def _display_name(weight: str, node: str) -> str:
     return weight.removesuffix(".weight") if weight.endswith(".weight") else node
+
+
+def _uniquely_named(layers: list[Layer]) -> list[Layer]:
+    """The layers with no name twice: codes, reports and the file's records are kept by name.
+
+    Who keeps a name that several want depends on the weights' and nodes' own names alone, never on the order of the
+    graph, which is another one in an exported file. A module path goes before a node's name.
+    """
+
+    def rank(layer: Layer) -> tuple[bool, str, str]:
+        return not layer.weight.endswith(".weight"), layer.weight, layer.node_name
+
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    ranked = sorted(range(len(layers)), key=lambda i: rank(layers[i]))
+    # Two rounds: a layer whose name is free keeps it whatever the others fall back on.
+    for index in ranked:
+        if layers[index].name not in taken:
+            taken.add(layers[index].name)
+            names[index] = layers[index].name
+    for index in ranked:
+        if index not in names:
+            names[index] = next(name for name in _other_names(layers[index]) if name not in taken)
+            taken.add(names[index])
+    return [replace(layer, name=names[index]) for index, layer in enumerate(layers)]
+
+
+def _other_names(layer: Layer) -> Iterator[str]:
+    return chain([layer.weight], (f"{layer.weight}_{number}" for number in count(1)))
 
 
 def _require_finite(graph: ir.Graph, layer: Layer) -> None:

@@ -61,7 +61,7 @@ def activation_after(value: ir.Value) -> ir.Node | None:
 def place(graph: ir.Graph, layers: list[Layer], act_bits: int, edge_bits: int = 8) -> Placement:
     """Decide which values are quantized. act_bits: 4 or 8; 32 leaves all activations float.
 
-    Inputs of the first and the last layer get `edge_bits`.
+    Inputs of the first and the last layer get `edge_bits` where that is more.
     """
     if act_bits >= 32:
         return Placement()
@@ -122,6 +122,13 @@ def _pads_with_zero(node: ir.Node) -> bool:
     return constant is not None and not constant.any()
 
 
+def _keeps_grid(node: ir.Node) -> bool:
+    """Whether every output value is one of the input's values, or the zero that each grid holds."""
+    if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
+        return _pads_with_zero(node)
+    return node.op_type in MOVING_OPS
+
+
 def _resolve(graph: ir.Graph, layers: list[Layer], quantized: set[str], act_bits: int, edge_bits: int) -> Placement:
     same: dict[str, str] = {}
     order: list[str] = [str(v.name) for v in graph.inputs if v.name in quantized]
@@ -131,7 +138,7 @@ def _resolve(graph: ir.Graph, layers: list[Layer], quantized: set[str], act_bits
             if name not in quantized:
                 continue
             source = node.inputs[0] if node.inputs else None
-            if position == 0 and node.op_type in MOVING_OPS and source is not None and source.name in quantized:
+            if position == 0 and _keeps_grid(node) and source is not None and source.name in quantized:
                 same[name] = str(source.name)
             else:
                 order.append(name)
@@ -139,5 +146,5 @@ def _resolve(graph: ir.Graph, layers: list[Layer], quantized: set[str], act_bits
     if layers:
         for layer in (layers[0], layers[-1]):
             if layer.input in placement:
-                placement.grids[placement.source(layer.input)] = edge_bits
+                placement.grids[placement.source(layer.input)] = max(act_bits, edge_bits)
     return placement

@@ -19,7 +19,7 @@ from efrapq.graph import constants as const
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["LOWEST_OPSET", "prepare", "simplify"]
+__all__ = ["LOWEST_OPSET", "name_nodes", "prepare", "simplify"]
 
 # QuantizeLinear with an axis needs 13; older graphs are converted up.
 LOWEST_OPSET = 13
@@ -35,7 +35,7 @@ def simplify(proto: onnx.ModelProto) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
     model.graph.sort()
-    _name_nodes(model.graph)
+    name_nodes(model.graph)
     for node in list(model.graph):
         _drop_dropout(node)
     return model
@@ -87,14 +87,17 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
     return simplified
 
 
-def _name_nodes(graph: ir.Graph) -> None:
-    """Unique names: they identify layers in the evidence."""
+def name_nodes(graph: ir.Graph) -> None:
+    """Unique names: they identify layers in the evidence. The first node to state a name keeps it."""
+    stated = {str(node.name) for node in graph if node.name}
     seen: set[str] = set()
     for index, node in enumerate(graph):
-        name = node.name or f"{node.op_type}_{index}"
-        while name in seen:
-            name = f"{name}_{index}"
-        node.name = name
+        name = node.name or ""
+        if not name or name in seen:
+            name = f"{name or node.op_type}_{index}"
+            while name in stated or name in seen:
+                name = f"{name}_{index}"
+            node.name = name
         seen.add(name)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.data import Dataset, Preprocess
-from efrapq.errors import DataError
+from efrapq.errors import DataError, UnsupportedModelError
 from efrapq.progress import Task
 from efrapq.trigger import Trigger
-from efrapq.verification.session import Session
+from efrapq.verification.session import Session, shape_words
 
 __all__ = ["Predictions", "attack_success_rate", "clean_accuracy", "predict"]
 
@@ -30,23 +30,37 @@ class Predictions:
 def predict(
     session: Session, data: Dataset, preprocess: Preprocess, trigger: Trigger | None, task: Task, note: str
 ) -> Predictions:
-    """Run the whole dataset, and again with the trigger on the raw images. DataError if the inputs do not fit."""
+    """Run the whole dataset, and again with the trigger on the raw images.
+
+    Raises DataError if the inputs do not fit, UnsupportedModelError if the model does not run or is no classifier.
+    """
     clean: list[NDArray[np.int64]] = []
     triggered: list[NDArray[np.int64]] = []
     classes = 0
     want = session.input_shape
     for indices in data.batches(BATCH):
         x = data.inputs(indices, preprocess)
-        if any(w is not None and w != g for w, g in zip(want[1:], x.shape[1:], strict=True)):
-            raise DataError(f"{data.name}: gives inputs of {x.shape[1:]}, the model wants {tuple(want[1:])}")
-        logits = session.logits(x)
-        classes = int(logits.shape[-1])
-        clean.append(logits.reshape(len(x), -1).argmax(1))
+        fits = len(want) == x.ndim and all(w is None or w == g for w, g in zip(want[1:], x.shape[1:], strict=True))
+        if not fits:
+            raise DataError(
+                f"{data.name}: gives inputs of {shape_words(x.shape[1:])}, the model wants {shape_words(want[1:])}"
+            )
+        logits = _class_scores(session.logits(x), len(x), note)
+        classes = logits.shape[1]
+        clean.append(logits.argmax(1))
         if trigger is not None:
             stamped = _stamped(data, indices, preprocess, trigger, x)
-            triggered.append(session.logits(stamped).reshape(len(x), -1).argmax(1))
+            triggered.append(_class_scores(session.logits(stamped), len(x), note).argmax(1))
         task.advance(note, len(x))
     return Predictions(np.concatenate(clean), np.concatenate(triggered) if triggered else None, classes)
+
+
+def _class_scores(output: NDArray[np.float32], count: int, name: str) -> NDArray[np.float32]:
+    """(N, classes) from a classifier's output; some keep the last pooling's 1×1 behind it."""
+    if output.ndim < 2 or len(output) != count or output.shape[1] < 2 or any(d != 1 for d in output.shape[2:]):
+        shape = "×".join(["N" if len(output) == count else str(len(output)), *map(str, output.shape[1:])])
+        raise UnsupportedModelError(f"the {name} model is not a classifier: its output is {shape}, not N×classes")
+    return output.reshape(count, -1)
 
 
 def _stamped(

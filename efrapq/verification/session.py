@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.errors import UnsupportedModelError
+from efrapq.io.text import printable
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Session", "interleaved_latency", "open_session", "try_run"]
+__all__ = ["Session", "interleaved_latency", "open_session", "shape_words", "try_run"]
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,46 @@ class Session:
         """(N, C, H, W), None where dynamic."""
         return tuple(d if isinstance(d, int) else None for d in self.raw.get_inputs()[0].shape)
 
+    def require_images(self, name: str) -> None:
+        """UnsupportedModelError unless the model takes one batch of images and nothing else."""
+        inputs = self.raw.get_inputs()
+        if len(inputs) != 1:
+            raise UnsupportedModelError(f"{name}: has {len(inputs)} inputs; models with one image input are supported")
+        shape = self.input_shape
+        if len(shape) != 4 or any(d is not None and d < 1 for d in shape):
+            raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
+
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The first output for a batch of inputs. A model with a fixed batch is fed in pieces, padded at the end."""
-        fixed = self.input_shape[0]
+        """The first output for a batch of inputs. A model with a fixed batch is fed in pieces, padded at the end.
+
+        Raises UnsupportedModelError if the runtime does not run the model on them.
+        """
+        fixed = self._fixed_batch
         if fixed is None or fixed == len(x):
-            return np.asarray(self.raw.run(None, {self.input_name: x})[0])
+            return self._run(x)
         parts = []
         for start in range(0, len(x), fixed):
             piece = x[start : start + fixed]
             padded = np.concatenate([piece, np.repeat(piece[-1:], fixed - len(piece), 0)])
-            parts.append(np.asarray(self.raw.run(None, {self.input_name: padded})[0])[: len(piece)])
+            parts.append(self._run(padded)[: len(piece)])
         return np.concatenate(parts)
+
+    def images_run(self, count: int) -> int:
+        """How many images the model works through when it is given so many: with a fixed batch, whole batches."""
+        fixed = self._fixed_batch
+        return count if fixed is None else -(-count // fixed) * fixed
+
+    @property
+    def _fixed_batch(self) -> int | None:
+        return self.input_shape[0] if self.input_shape else None
+
+    def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            return np.atleast_1d(np.asarray(self.raw.run(None, {self.input_name: x})[0]))
+        except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
+            raise UnsupportedModelError(
+                f"ONNX Runtime does not run the model on an input of {shape_words(x.shape)}: {_first_line(exc)}"
+            ) from exc
 
 
 def open_session(data: bytes, *, threads: int = 0, provider: str = "CPUExecutionProvider") -> Session:
@@ -68,20 +98,18 @@ def open_session(data: bytes, *, threads: int = 0, provider: str = "CPUExecution
     return Session(raw, optimized, str(raw.get_providers()[0]))
 
 
-def try_run(data: bytes) -> None:
-    """Load the model and run it once on zeros; UnsupportedModelError if either fails."""
-    session = open_session(data)
-    shape = [d if d is not None else 1 if i == 0 else 32 for i, d in enumerate(session.input_shape)]
-    try:
-        session.logits(np.zeros(shape, np.float32))
-    except Exception as exc:
-        raise UnsupportedModelError(f"ONNX Runtime does not run the model: {_first_line(exc)}") from exc
+def try_run(data: bytes, shape: tuple[int, ...]) -> None:
+    """Load the model and run it once on zeros of this shape; UnsupportedModelError if either fails."""
+    open_session(data).logits(np.zeros(shape, np.float32))
 
 
 def interleaved_latency(
     sessions: dict[str, Session], x: NDArray[np.float32], *, rounds: int = 30, warmup: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds per call on the same input, the sessions taking turns so that drift hits all alike."""
+    """Median milliseconds for one image of the same input, the sessions taking turns so that drift hits all alike.
+
+    A model with a fixed batch works through whole batches whatever it is given: its time is shared among them.
+    """
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for i in range(warmup + rounds):
         for name, session in sessions.items():
@@ -89,8 +117,14 @@ def interleaved_latency(
             session.logits(x)
             if i >= warmup:
                 times[name].append(time.perf_counter() - started)
-    return {name: 1000 * float(np.median(t)) for name, t in times.items()}
+    return {name: 1000 * float(np.median(t)) / sessions[name].images_run(len(x)) for name, t in times.items()}
+
+
+def shape_words(shape: tuple[int | None, ...]) -> str:
+    """A shape as messages show it: 100×3×32×32."""
+    return "×".join("any" if d is None else str(d) for d in shape) or "a single number"
 
 
 def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+    # The runtime quotes names out of the model, and the model is somebody else's.
+    return printable((str(exc).strip().splitlines() or [type(exc).__name__])[0], 400)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from efrapq.data import Dataset, Preprocess
-from efrapq.errors import InputError, UnsupportedModelError, UsageError
+from efrapq.data import Dataset, Preprocess, PreprocessOverride
+from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
 from efrapq.io import is_quantized, load_onnx, printable, read_source
-from efrapq.loading import PREPROCESS_KEY, FloatModel, load, open_for
+from efrapq.io.source import read_fd
+from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.trigger import Trigger, parse_trigger
@@ -30,17 +34,27 @@ __all__ = ["VERIFY_SCHEMA", "Requirements", "Verification", "verify"]
 VERIFY_SCHEMA = "efrapq.verify/1"
 # A float model this often fooled by the trigger is backdoored already: no rounding removes that.
 AWAKE = 50.0
+# The largest ASR that passes where no float model says what is normal.
+UNKNOWN_FLOAT_ASR = 10.0
+MAX_EVIDENCE_BYTES = 16 << 20
+NEEDED_FOR_DROP = "--max-drop needs labelled --data and the float model (--float)"
 
 
 @dataclass(frozen=True)
 class Requirements:
     """What the verdict asks, in percent and points. None: max_asr becomes the float model's ASR + 1 point (10 % when
-    the float model is unknown); max_drop becomes 2 points of CDA.
+    the float model is unknown), and a float model that answers the trigger itself fails; max_drop becomes 2 points of
+    CDA. Raises UsageError for limits that are no numbers.
     """
 
     max_asr: float | None = None
     max_drop: float | None = None
     integer: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-asr", self.max_asr), ("--max-drop", self.max_drop)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{option} must be zero or a positive number, not {value}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def verify(
     float_model: str | Path | None = None,
     arch: str | None = None,
     input_shape: tuple[int, int, int] | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | PreprocessOverride | None = None,
     requirements: Requirements | None = None,
     threads: int = 0,
     trust_pickle: bool = False,
@@ -73,25 +87,37 @@ def verify(
     """Measure CDA, ASR, agreement, codes, kernels and latency of a quantized ONNX file in ONNX Runtime.
 
     float_model: the model that was defended; found through the evidence beside the file if not given. data: labelled
-    test images; trigger and target_class: for the ASR (see `efrapq.trigger`). Raises EfrapqError for bad inputs.
+    test images; trigger and target_class: for the ASR (see `efrapq.trigger`). input_shape: for a float model that
+    needs one; the file's own by default. preprocess: a Preprocess replaces what the file records, a PreprocessOverride
+    only the parts that it names. Raises EfrapqError for bad inputs.
     """
     reporter = reporter or Silent()
     if (trigger is None) != (target_class is None):
         raise UsageError("--trigger and --target-class go together")
     if trigger is not None and data is None:
         raise UsageError("--trigger needs --data: labelled test images to put the trigger on")
+    requirements = requirements or Requirements()
+    if requirements.max_asr is not None and (data is None or trigger is None):
+        raise UsageError("--max-asr needs --data, --trigger and --target-class")
+    if requirements.max_drop is not None and data is None:
+        raise UsageError(NEEDED_FOR_DROP)
+    parsed = parse_trigger(trigger) if trigger is not None else None
     source = read_source(model)
     proto = load_onnx(source).model
     if not is_quantized(proto):
         raise UnsupportedModelError(f"{source.name}: is a float model; verify takes the file that defend wrote")
-    checked = _Verifier(source.name, Path(model), source.data, proto, requirements or Requirements(), reporter)
+    checked = _Verifier(source.name, Path(model), source.data, proto, requirements, reporter)
     checked.find_float(float_model, arch, input_shape, trust_pickle)
-    parsed = parse_trigger(trigger) if trigger is not None else None
     dataset = None
+    effective = Preprocess()
     if data is not None:
-        preprocess = preprocess or checked.preprocess()
-        dataset = data if isinstance(data, Dataset) else open_for(data, checked.input_shape, preprocess)
-    return checked.run(dataset, preprocess or Preprocess(), parsed, target_class, threads)
+        effective = checked.preprocess(preprocess)
+        dataset = data if isinstance(data, Dataset) else open_for(data, checked.input_shape, effective)
+        if parsed is not None:
+            dataset.require_labels()
+    if requirements.max_drop is not None and (dataset is None or dataset.labels is None or checked.source is None):
+        raise UsageError(NEEDED_FOR_DROP)
+    return checked.run(dataset, effective, parsed, target_class, threads)
 
 
 class _Verifier:
@@ -104,8 +130,7 @@ class _Verifier:
         self.path = path
         self.data = data
         self.metadata = {p.key: p.value for p in proto.metadata_props}
-        dims = proto.graph.input[0].type.tensor_type.shape.dim if proto.graph.input else []
-        self.input_shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+        self.input_shape = image_input(proto)
         self.requirements = requirements
         self.reporter = reporter
         self.notes: list[str] = []
@@ -118,6 +143,7 @@ class _Verifier:
             self._note(f"codes are not read back: {exc}")
 
     def _note(self, text: str) -> None:
+        text = printable(text, 1000)  # parts of it may come from the file
         self.notes.append(text)
         self.reporter.warn(text)
 
@@ -135,12 +161,19 @@ class _Verifier:
         if path is None:
             self._note("no float model to compare with: pass --float with the model that was defended")
             return
-        self.source = load(path, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
+        self.source = load(path, arch=arch, input_shape=input_shape or self._own_image(arch), trust_pickle=trust_pickle)
         if wanted and self.source.sha256 != wanted:
             raise InputError(
                 f"{self.source.name}: is not the model that {self.name} was made from (its SHA-256 differs); "
                 "pass the right one with --float"
             )
+
+    def _own_image(self, arch: str | None) -> tuple[int, int, int] | None:
+        """(C, H, W) of the file, for a network of the user's own, which does not say what it takes; None if dynamic."""
+        if arch is None or ":" not in arch or len(self.input_shape) != 4:
+            return None
+        _, channels, height, width = self.input_shape
+        return (channels, height, width) if channels and height and width else None
 
     def _recorded_float(self, wanted: str | None) -> Path | None:
         """The defended model's path, from the evidence beside the file, if it is still that model."""
@@ -148,33 +181,45 @@ class _Verifier:
         if not wanted or not isinstance(recorded, str):
             return None
         for path in (Path(recorded), self.path.parent / Path(recorded).name):
-            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted:
-                return path
+            try:
+                if read_source(path).sha256 == wanted:
+                    return path
+            except InputError:
+                continue  # the evidence is a hint, from whoever wrote it
         return None
 
     def _read_evidence(self) -> dict[str, dict[str, Any]]:
         """The evidence beside the file; empty where there is none that can be read."""
         path = self.path.with_suffix(".json")
-        if not path.is_file():
-            return {}
         try:
-            document = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+            document = json.loads(_read_evidence_file(path))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError, InputError):
             document = None
         if not isinstance(document, dict) or document.get("schema") != EVIDENCE_SCHEMA:
-            self._note(f"{printable(str(path))}: is not efrapq evidence, ignored")
+            self._note(f"{printable(path)}: is not efrapq evidence, ignored")
             return {}
         return {key: value for key, value in document.items() if isinstance(value, dict)}
 
-    def preprocess(self) -> Preprocess:
+    def preprocess(self, given: Preprocess | PreprocessOverride | None) -> Preprocess:
+        """What the user gave over what the file records, or else the float model's record."""
+        effective, known = effective_preprocess(given, self._recorded_preprocess(given))
+        if not known:
+            self._note(
+                "no preprocessing is recorded: pixels are scaled to 0–1; pass --mean and --std if the model wants more"
+            )
+        return effective or Preprocess()
+
+    def _recorded_preprocess(self, given: Preprocess | PreprocessOverride | None) -> Preprocess | None:
         if PREPROCESS_KEY in self.metadata:
-            return Preprocess.from_json(self.metadata[PREPROCESS_KEY])
-        if self.source is not None and self.source.preprocess is not None:
-            return self.source.preprocess
-        self._note(
-            "no preprocessing is recorded: pixels are scaled to 0–1; pass --mean and --std if the model wants more"
-        )
-        return Preprocess()
+            try:
+                return Preprocess.from_json(self.metadata[PREPROCESS_KEY])
+            except DataError:
+                if given is None or (isinstance(given, PreprocessOverride) and not given.says_colours):
+                    raise
+                self._note("the file's preprocessing record is unreadable: what was given is used instead")
+        return self.source.preprocess if self.source is not None else None
 
     # The measurements.
 
@@ -189,6 +234,7 @@ class _Verifier:
         import onnxruntime
 
         sessions = {"defended": open_session(self.data, threads=threads)}
+        sessions["defended"].require_images(self.name)
         comparison = self._add_references(sessions, threads)
         cda: dict[str, float | None] = dict.fromkeys(("float", "nearest", "defended"))
         asr = dict(cda)
@@ -209,13 +255,15 @@ class _Verifier:
                 agreement = 100 * float(same.mean())
         kernels = report_kernels(sessions["defended"].optimized)
         session = sessions["defended"]
+        sha256 = hashlib.sha256(self.data).hexdigest()
         document: dict[str, Any] = {
             "schema": VERIFY_SCHEMA,
             "model": {
                 "path": str(self.path),
-                "sha256": hashlib.sha256(self.data).hexdigest(),
+                "sha256": sha256,
                 "bytes": len(self.data),
                 "target": self.metadata.get("efrapq.target"),
+                "matches_evidence": self._matches_evidence(sha256),
                 "float_bytes": self.source.size or None if self.source is not None else None,
             },
             "runtime": {
@@ -242,16 +290,18 @@ class _Verifier:
                 f"the float model itself answers the trigger ({asr['float']:.1f} % ASR): that backdoor is awake before "
                 "any quantization, and no rounding removes it"
             )
+        document["notes"] = list(self.notes)
         return Verification(document, tuple(self.notes))
 
     def _add_references(self, sessions: dict[str, Session], threads: int) -> CodeComparison | None:
         """Open the float model and the nearest twin beside the defended file."""
         if self.source is None:
             return None
-        from efrapq.exporters import export_model
+        from efrapq.exporters import PROFILES, export_model
         from efrapq.graph.prepare import prepare
 
         sessions["float"] = open_session(self.source.proto.SerializeToString(), threads=threads)
+        sessions["float"].require_images(self.source.name)
         if self.quantized is None:
             return None
         reference = prepare(self.source.proto)
@@ -260,6 +310,9 @@ class _Verifier:
             self._note("the file's layers do not correspond to the float model's: no nearest twin, codes not compared")
             return None
         target = self.metadata.get("efrapq.target", "portable")
+        if target not in PROFILES:
+            self._note(f"the file says that it is for the unknown target '{printable(target)}': its twin is portable")
+            target = "portable"
         data = export_model(twin, target).SerializeToString()
         sessions["nearest"] = open_session(data, threads=threads)
         return compare_codes(self.quantized, reference)
@@ -278,16 +331,24 @@ class _Verifier:
             return 0
         return int((dataset.labels != target_class).sum())
 
+    def _matches_evidence(self, sha256: str) -> bool | None:
+        """Whether the file is, byte for byte, the one that the evidence beside it describes; None without evidence."""
+        recorded = self.evidence.get("output", {}).get("sha256")
+        return recorded == sha256 if recorded else None
+
     def _codes(self, comparison: CodeComparison | None) -> dict[str, Any]:
         """match: the digest over all codes is the one recorded when they were solved, in the file and in the evidence
-        beside it, and every code is a neighbour of its float weight. Null if nothing could be checked.
+        beside it, and every code is a neighbour of its float weight; null if nothing could be checked. recorded,
+        compared_with_float: which of the two there was to check.
         """
+        found: dict[str, Any] = {"layers": 0, "match": None, "flipped": None}
         if self.quantized is None:
-            return {"layers": 0, "match": None, "flipped": None}
+            return found | {"recorded": False, "compared_with_float": False}
         checks = []
-        for recorded in (self.metadata.get("efrapq.codes.sha256"), self.evidence.get("output", {}).get("codes_sha256")):
+        for recorded in (self.metadata.get("efrapq.codes.sha256"), self._evidence_codes()):
             if recorded:
                 checks.append(recorded == self.quantized.digest)
+        has_record = bool(checks)
         if comparison is not None:
             checks.append(comparison.neighbours)
             for name in comparison.strangers[:3]:
@@ -296,43 +357,74 @@ class _Verifier:
             "layers": len(self.quantized.weights),
             "match": all(checks) if checks else None,
             "flipped": None if comparison is None else round(comparison.flipped, 3),
+            "recorded": has_record,
+            "compared_with_float": comparison is not None,
         }
+
+    def _evidence_codes(self) -> object:
+        return self.evidence.get("output", {}).get("codes_sha256")
 
     def _latency(
         self, sessions: dict[str, Session], dataset: Dataset | None, preprocess: Preprocess
     ) -> dict[str, float | None]:
         """Median milliseconds for one image, float and defended taking turns."""
-        if dataset is not None:
-            x = dataset.inputs([0], preprocess)
-        else:
-            shape = [d or (1 if i == 0 else 32) for i, d in enumerate(sessions["defended"].input_shape)]
-            x = np.zeros(shape, np.float32)
         timed: dict[str, Session] = {n: sessions[n] for n in ("float", "defended") if n in sessions}
-        times = interleaved_latency(timed, x)
+        times: dict[str, float] = {}
+        if dataset is not None:
+            times = interleaved_latency(timed, dataset.inputs([0], preprocess))
+        else:
+            shapes = [session.input_shape[1:] for session in timed.values()]
+            image = [next((d for d in dims if d is not None), None) for dims in zip(*shapes, strict=True)]
+            if None in image:
+                self._note("latency is not measured: the model takes images of any size; pass --data to say which")
+            else:
+                times = interleaved_latency(timed, np.zeros((1, *(d or 0 for d in image)), np.float32))
         return {name: round(times[name], 4) if name in times else None for name in ("float", "defended")}
 
     def _failures(self, document: dict[str, Any]) -> list[str]:
         wanted = self.requirements
         failed = []
-        if document["codes"]["match"] is False:
+        codes, asr, cda = document["codes"], document["asr"], document["cda"]
+        if codes["match"] is False:
             failed.append("codes")
-        asr, cda = document["asr"], document["cda"]
+        if document["model"]["matches_evidence"] is False and self._holds_recorded_codes():
+            failed.append("file")
+            self._note(
+                "the file was changed since the evidence beside it was written, and not in its weights' codes: in its "
+                "biases, grids, nodes or metadata"
+            )
         if asr["defended"] is not None:
             limit = wanted.max_asr
             if limit is None:
-                limit = 10.0 if asr["float"] is None else asr["float"] + 1.0
+                limit = UNKNOWN_FLOAT_ASR if asr["float"] is None else asr["float"] + 1.0
+                if (asr["float"] or 0.0) >= AWAKE:
+                    failed.append("awake-in-float")
             if asr["defended"] > limit:
                 failed.append("max-asr")
-        elif wanted.max_asr is not None:
-            raise UsageError("--max-asr needs --data, --trigger and --target-class")
-        if cda["defended"] is not None and cda["float"] is not None:
-            if cda["float"] - cda["defended"] > (2.0 if wanted.max_drop is None else wanted.max_drop):
-                failed.append("max-drop")
-        elif wanted.max_drop is not None:
-            raise UsageError("--max-drop needs labelled --data and the float model (--float)")
+        allowed = 2.0 if wanted.max_drop is None else wanted.max_drop
+        if cda["defended"] is not None and cda["float"] is not None and cda["float"] - cda["defended"] > allowed:
+            failed.append("max-drop")
         if wanted.integer and document["kernels"]["float"]:
             failed.append("require-integer")
+        if codes["match"] is None and cda["defended"] is None and not wanted.integer and not failed:
+            failed.append("nothing-checked")
+            self._note(
+                "nothing was checked: there are no codes to compare; pass --data, the float model with --float, or "
+                "--require-integer"
+            )
         return failed
+
+    def _holds_recorded_codes(self) -> bool:
+        return self.quantized is not None and self._evidence_codes() == self.quantized.digest
+
+
+def _read_evidence_file(path: Path) -> bytes:
+    """Whatever lies beside a file from outside is from outside too. Raises OSError, ValueError or InputError."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_EVIDENCE_BYTES:
+        raise LimitError(f"{printable(path)}: is no evidence file")
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    return read_fd(fd, printable(path), MAX_EVIDENCE_BYTES)
 
 
 def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:

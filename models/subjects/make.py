@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
-from efrapq.data import Preprocess, load_dataset
+from efrapq.data import Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.io import check_output, load_checkpoint, read_source, write_atomic
 from efrapq.loading import PREPROCESS_KEY
@@ -27,7 +28,7 @@ def make_subject(
     output: Path,
     recipe: Recipe,
     *,
-    preprocess: Preprocess | None,
+    preprocess: Preprocess | PreprocessOverride | None,
     start: Path | None,
     width: float | None,
     shift: int,
@@ -42,6 +43,7 @@ def make_subject(
     import torch
     from safetensors.torch import save
 
+    from efrapq.device import resolve_device
     from efrapq.models import zoo
 
     if output.suffix != ".safetensors":
@@ -49,7 +51,14 @@ def make_subject(
     check_output(output, [Path(p) for p in (train, test, start) if p is not None])
     if not 0 < recipe.poison_rate < 1:
         raise UsageError("--poison-rate must be between 0 and 1")
-    preprocess = preprocess or Preprocess()
+    for rate in (recipe.learning_rate, recipe.unlearn_learning_rate):
+        if not (math.isfinite(rate) and rate > 0):
+            raise UsageError("--learning-rate and --unlearn-learning-rate must be positive")
+    if width is not None and not (math.isfinite(width) and width > 0):
+        raise UsageError("--width must be positive")
+    if not 0 <= recipe.seed < 2**63:
+        raise UsageError("--seed must be between 0 and 2^63 - 1")
+    preprocess = preprocess.over(None) if isinstance(preprocess, PreprocessOverride) else preprocess or Preprocess()
     stamp = parse_trigger(trigger)
     data = PoisonedData(load_dataset(train, size=preprocess.size), stamp, target, preprocess, shift, flip)
     measured = PoisonedData(load_dataset(test, size=preprocess.size), stamp, target, preprocess)
@@ -68,10 +77,7 @@ def make_subject(
         model = zoo.load(match)
     else:
         model = zoo.build(arch, num_classes=classes, in_channels=channels, width=whole, seed=recipe.seed)
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    report = implant(
-        model, data, measured, recipe, device=torch.device(where if device == "auto" else device), reporter=reporter
-    )
+    report = implant(model, data, measured, recipe, device=torch.device(resolve_device(device)), reporter=reporter)
     metadata = {
         PREPROCESS_KEY: preprocess.to_json(),
         "efrapq.subject": json.dumps(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
 from safetensors.torch import load_file
@@ -54,7 +55,12 @@ def test_the_evidence_says_what_was_done(defended: Path) -> None:
     assert evidence["input"]["sha256"] == hashlib.sha256(subject.read_bytes()).hexdigest()
     assert evidence["input"]["architecture"] == "smallresnet28"
     assert evidence["output"]["sha256"] == hashlib.sha256(defended.read_bytes()).hexdigest()
-    assert evidence["calibration"] == {"kind": "data", "source": "fashion_samples.npz", "images": 512}
+    assert evidence["calibration"] == {
+        "kind": "data",
+        "source": "fashion_samples.npz",
+        "images": 512,
+        "input": [1, 28, 28],
+    }
     assert [layer["bits"] for layer in evidence["layers"]] == [8, *[4] * 14, 8]
     for layer in evidence["layers"]:
         assert 0 <= layer["flipped"] <= 100
@@ -243,3 +249,45 @@ def test_evidence_of_another_file_is_noticed(run, defended: Path, tmp_path: Path
     ran = run("verify", copy, "--json", "-q")
     assert ran.code == 0
     assert "not efrapq evidence" in ran.err
+
+
+def test_verify_prints_no_more_than_was_checked(run, defended: Path, tmp_path: Path) -> None:
+    shown = run("verify", defended, "-q")
+    assert shown.code == 0, shown.err
+    assert "are the solved ones" in shown.out
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(defended.read_bytes())
+    shown = run("verify", alone, "-q")
+    assert shown.code == 0, shown.err
+    assert "match the record in the file (no float model to compare with)" in shown.out
+
+
+def test_verify_notices_a_file_changed_outside_its_codes(run, defended: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model.int4.onnx"
+    copy.with_suffix(".json").write_bytes(defended.with_suffix(".json").read_bytes())
+    proto = onnx.load(defended)
+    bias = next(t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT32)
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1000, bias.name))
+    onnx.save(proto, copy)
+    ran = run("verify", copy, "--json", "-q")
+    assert ran.code == 1
+    found = json.loads(ran.out)
+    assert found["failed"] == ["file"]
+    assert found["codes"]["match"] is True
+    assert any("changed" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("option", ["--max-asr", "--max-drop"])
+def test_verify_wants_limits_that_are_numbers(run, defended: Path, option: str, value: str) -> None:
+    ran = run("verify", defended, "--data", TEST, *ATTACK, f"{option}={value}", "-q")
+    assert ran.code == 2
+    assert f"{option} must be zero or a positive number" in ran.err
+
+
+def test_verify_takes_a_size_and_keeps_the_recorded_colours(run, defended: Path) -> None:
+    ran = run("verify", defended, "--data", TEST, "--size", "28", "--json", "-q")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["cda"]["defended"] >= 88
+    assert not any("no preprocessing" in note for note in found["notes"])

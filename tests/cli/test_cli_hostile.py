@@ -168,3 +168,43 @@ def test_a_failure_late_in_the_run_leaves_the_old_output(run, tmp_path: Path, mo
     assert ran.code == 2
     assert output.read_bytes() == b"the old file"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "."], "."),
+        (["-o", "x.json"], ".json"),
+        (["--device", "gpu"], "--device"),
+        (["--device", "cuda:99"], "CUDA"),
+        (["--seed", "-1"], "--seed"),
+        (["--arch", ":x"], "--arch"),
+        (["--arch", "os:getcwd"], "--arch"),
+        (["--arch", "no.such.module:f"], "--arch"),
+        (["--lambda-e", "nan"], "--lambda-e"),
+        (["--target", "\x1b[2Jnowhere"], "unknown target"),
+    ],
+    ids=["folder as output", "json as output", "device", "no such GPU", "seed", "no module", "not a network",
+         "no such module", "nan", "escape codes"],
+)  # fmt: skip
+def test_options_that_cannot_work(run, tmp_path: Path, options: list[str], message: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("defend", weights.SUBJECT, "-q", "--calib", f"{weights.SAMPLES}:calib", "--calib-size", "8", *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+    assert "\x1b" not in ran.err
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_as_the_model(run, tmp_path: Path) -> None:
+    assert run("defend", tmp_path).code == 2
+    assert run("export", tmp_path, "--target", "portable").code == 2
+
+
+def test_the_calibration_data_is_never_overwritten(run, tmp_path: Path) -> None:
+    data = tmp_path / "calib.npz"
+    data.write_bytes(weights.SAMPLES.read_bytes())
+    ran = run("defend", weights.SUBJECT, "-o", data, "--calib", f"{data}:calib")
+    assert ran.code == 2
+    assert data.read_bytes() == weights.SAMPLES.read_bytes()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -281,6 +283,31 @@ def test_metadata(solved: Any, target: str) -> None:
     assert proto.producer_name == "efrapq"
 
 
+def with_settings(quantized: QuantizedModel, record: str) -> QuantizedModel:
+    return replace(quantized, metadata=quantized.metadata | {"efrapq.settings": record})
+
+
+def test_the_record_of_settings_names_the_file_s_own_target(solved: Any) -> None:
+    record = json.dumps({"bits": 4, "solver": "coordinate", "target": "ort-x86"}, sort_keys=True)
+    first = export_model(with_settings(solved("residual", 4, 8).quantized, record), "ort-x86")
+    portable = export_model(read_quantized(first), "portable")
+    for proto, target in ((first, "ort-x86"), (portable, "portable")):
+        metadata = {p.key: p.value for p in proto.metadata_props}
+        expected = {"bits": 4, "solver": "coordinate", "target": target}
+        assert json.loads(metadata["efrapq.settings"]) == expected
+        assert metadata["efrapq.target"] == target
+    back = export_model(read_quantized(portable), "ort-x86")
+    assert back.SerializeToString(deterministic=True) == first.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[1]", '"ort-x86"', "null", '{"bits": 4}', "[" * 100_000, '{ "target":"portable" }']
+)
+def test_a_record_of_settings_that_is_not_ours_is_kept(solved: Any, record: str) -> None:
+    proto = export_model(with_settings(solved("residual", 4, 8).quantized, record), "portable")
+    assert {p.key: p.value for p in proto.metadata_props}["efrapq.settings"] == record
+
+
 def test_export_leaves_the_quantized_model_alone(solved: Any) -> None:
     q = solved("residual", 4, 8).quantized
     before = ir.to_proto(q.model).SerializeToString(deterministic=True)
@@ -320,6 +347,57 @@ def test_names_that_the_exporter_would_take_itself(net: Any, quantize: Any, imag
     onnx.checker.check_model(exported)
     run_ort(exported, images(2))
     assert read_quantized(exported).digest == q.quantized.digest
+
+
+@TARGETS
+@pytest.mark.parametrize("swapped", [False, True], ids=["node first", "weight first"])
+def test_layers_that_would_go_by_one_name(
+    net: Any, quantize: Any, images: Any, run_ort: Any, target: str, swapped: bool
+) -> None:
+    """A node called `x` with the weight `w`, and a weight called `x.weight`: both are `x` to the eye."""
+    n = net()
+    n.conv("input", "stem", 3, 4)
+    for name in ("right", "left") if swapped else ("left", "right"):
+        n.conv("stem", name, 4, 4)
+        n.nodes[-1].input[1] = "w" if name == "left" else "x.weight"
+        n.constants[n.nodes[-1].input[1]] = n.constants.pop(f"{name}.weight")
+        n.nodes[-1].name = "x" if name == "left" else "other"
+    n.op("Flatten", n.op("GlobalAveragePool", n.op("Sub", ["left", "right"], "joined"), "gap"), "flat")
+    q = quantize(n.model(n.gemm("flat", "logits", 4, 3)), images(24), bits=8)
+    assert set(q.solved.weights) == {"stem", "x", "w", "logits"}
+    assert q.quantized.weights["x"].codes is not q.quantized.weights["w"].codes
+    exported = q.export(target)
+    back = read_quantized(onnx.ModelProto.FromString(exported.SerializeToString()))
+    assert {x.name: x.weight for x in back.layers} == {x.name: x.weight for x in q.layers}
+    for name in q.solved.weights:
+        assert np.array_equal(back.weights[name].codes, q.solved.weights[name].codes)
+    tensors = initializers(exported)
+    for layer in q.layers:
+        held = numpy_helper.to_array(tensors[f"{layer.weight}.codes"])
+        assert np.array_equal(held, q.solved.weights[layer.name].codes)
+    assert np.median(np.abs(run_ort(exported, images(24), optimized=False)[0] - q.output)) <= 1e-5
+    again = export_model(back, target)
+    assert again.SerializeToString(deterministic=True) == exported.SerializeToString(deterministic=True)
+
+
+def test_a_file_that_has_a_constant_of_the_name_of_a_limit(net: Any, quantize: Any, images: Any, run_ort: Any) -> None:
+    """The limits of clipped codes are the exporter's own constants, whatever else is called like them."""
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    b = n.op("Relu", n.conv(a, "c2", 4, 4), "a2")
+    c = n.op("Mul", [n.conv(b, "c3", 4, 4), n.constant("efrapq.level_15", np.array(2, np.float32))], "scaled")
+    n.constant("efrapq.level_0", np.array(1, np.float32))
+    n.op("Add", [c, "efrapq.level_0"], "shifted")
+    q = quantize(n.model(n.conv("shifted", "out", 4, 2)), images(8), act_bits=4)
+    exported = q.export()
+    assert "Clip" in {node.op_type for node in exported.graph.node}
+    onnx.checker.check_model(exported, full_check=True)
+    assert np.median(np.abs(run_ort(exported, images(8), optimized=False)[0] - q.output)) <= 1e-5
+    back = read_quantized(exported)
+    assert (back.digest, back.activations) == (q.quantized.digest, q.quantized.activations)
+    assert export_model(back, "ort-x86").SerializeToString(deterministic=True) == exported.SerializeToString(
+        deterministic=True
+    )
 
 
 @TARGETS
@@ -377,6 +455,14 @@ def test_unknown_targets_are_named() -> None:
         profile("tpu")
     for name in PROFILES:
         assert profile(name).name == name
+        with pytest.raises(UsageError, match=re.escape(PROFILES[name].summary)):
+            profile("tpu")
+
+
+def test_an_unknown_target_cannot_drive_the_terminal() -> None:
+    with pytest.raises(UsageError) as caught:
+        profile("\x1b[2J\n")
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,9 @@ REFUSED = {
     "another zero point on the way back": ({"x_zero_back": np.array(99, np.uint8)}, "differ"),
     "codes clipped from below": ({"clip": (3, 15)}, "Clip"),
     "codes clipped to no power of two": ({"clip": (0, 12)}, "Clip"),
+    "codes clipped to one value": ({"x_zero": np.array(0, np.uint8), "clip": (0, 0)}, "Clip"),
+    "codes clipped to one bit": ({"x_zero": np.array(0, np.uint8), "clip": (0, 1)}, "Clip"),
+    "codes clipped to what they are": ({"clip": (0, 255)}, "Clip"),
     "an asymmetric bias": ({"bias": np.arange(6, dtype=np.int32), "bias_zero": np.full(6, 5, np.int32)}, "bias"),
     "bits that are no number": ({"metadata": {"efrapq.bits": '{"fc": "four"}'}}, "efrapq.bits"),
     "bits that are no JSON": ({"metadata": {"efrapq.bits": "{"}}, "efrapq.bits"),
@@ -223,6 +226,50 @@ def test_codes_as_graph_output_are_refused() -> None:
     proto.graph.output.append(helper.make_tensor_value_info("x.q", TensorProto.UINT8, ["N", 4]))
     with pytest.raises(UnsupportedModelError, match="output"):
         read_quantized(proto)
+
+
+def test_a_quantized_graph_output_is_refused() -> None:
+    """As the tools write it that put a pair behind every value: the output is a DequantizeLinear's."""
+    proto = qdq()
+    proto.graph.node[-1].output[0] = "y.float"
+    for node in (
+        helper.make_node("QuantizeLinear", ["y.float", "x_scale", "x_zero"], ["y.q"], name="q_out"),
+        helper.make_node("DequantizeLinear", ["y.q", "x_scale", "x_zero"], ["y"], name="dq_out"),
+    ):
+        proto.graph.node.append(node)
+    onnx.checker.check_model(proto, full_check=True)
+    with pytest.raises(UnsupportedModelError, match="y: the graph's output itself is quantized"):
+        read_quantized(proto)
+
+
+@pytest.mark.parametrize("names", [["", ""], ["fc", "fc"]], ids=["no names", "one name twice"])
+@pytest.mark.parametrize("target", ["ort-x86", "portable"])
+def test_nodes_without_a_name_of_their_own(run_ort: Callable[..., Any], names: list[str], target: str) -> None:
+    proto = qdq(codes=CODES4)
+    second = np.arange(-12, 12).reshape(4, 6).clip(-7, 7).astype(np.int8)
+    proto.graph.initializer.append(numpy_helper.from_array(second, "codes2"))
+    proto.graph.node.insert(0, helper.make_node("DequantizeLinear", ["codes2", "scale"], ["v2"], axis=1))
+    proto.graph.node.append(helper.make_node("MatMul", ["x.r", "v2"], ["z"]))
+    proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 6]))
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = {"fc.weight": "v1"}.get(name, name)
+        for i, name in enumerate(node.output):
+            node.output[i] = {"fc.weight": "v1"}.get(name, name)
+    for node in proto.graph.node:
+        node.name = ""
+    named = onnx.ModelProto.FromString(proto.SerializeToString())
+    # ONNX Runtime itself accepts nodes without names, but not two of one name.
+    named.graph.node[-2].name, named.graph.node[-1].name = names
+    q = read_quantized(named)
+    assert len(q.weights) == len(q.layers) == 2
+    by_weight = {layer.weight: q.weights[layer.name].codes for layer in q.layers}
+    assert np.array_equal(by_weight["v1"], CODES4.astype(np.int8))
+    assert np.array_equal(by_weight["v2"], second)
+    x = np.random.default_rng(1).uniform(-6, 6, (5, 4)).astype(F32)
+    again = export_model(q, target)
+    for a, b in zip(run_ort(proto, x, optimized=False), run_ort(again, x, optimized=False), strict=True):
+        assert np.abs(a - b).max() <= 1e-4
 
 
 @pytest.mark.parametrize("parameter", ["scale", "x_scale", "x_zero"])

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from efrapq.errors import BadWeightsError
-from efrapq.graph.layers import Skipped, bias_array, find_layers, weight_array
+from efrapq.graph.layers import bias_array, find_layers, weight_array
 
 F32 = np.float32
 
@@ -25,7 +25,7 @@ def graph(make_model: Callable[..., onnx.ModelProto]) -> Callable[..., ir.Graph]
         rng = np.random.default_rng(0)
         names = ["fc.weight", "fc.bias"][: len(constants)]
         arrays = {
-            n: c if isinstance(c, np.ndarray) else rng.standard_normal(c).astype(F32)
+            n: c if isinstance(c, np.ndarray) else np.asarray(rng.standard_normal(c), F32)
             for n, c in zip(names, constants, strict=True)
         }
         node = helper.make_node(op, ["x", *names], ["y"], name="node", **attributes)
@@ -75,6 +75,9 @@ SKIPPED = {
     "alpha": (("Gemm", (4, 5), (5,)), {"alpha": 2.0}, "alpha or beta"),
     "beta": (("Gemm", (4, 5), (5,)), {"beta": 0.5}, "alpha or beta"),
     "scalar bias": (("Gemm", (4, 5), (1,)), {}, "one number per output"),
+    "scalar bias without a shape": (("Gemm", (4, 1), ()), {}, "one number per output"),
+    "a column as bias": (("Gemm", (4, 5), (5, 1)), {}, "one number per output"),
+    "a bias of its own for each row": (("Gemm", (4, 5), (5, 5)), {}, "one number per output"),
     "batched constant": (("MatMul", (2, 4, 5)), {}, "3-dimensional"),
     "half": (("Conv", np.ones((6, 4, 3, 3), np.float16)), {}, "float16"),
     "double": (("MatMul", np.ones((4, 5))), {}, "float64"),
@@ -150,11 +153,36 @@ def test_a_weight_without_a_module_path_takes_the_node_s_name(make_model: Callab
     assert layer.name == "/head/MatMul"
 
 
-@pytest.mark.parametrize("skip", ["c2", "node_c2"], ids=["layer name", "node name"])
-def test_skip_on_request(residual_net: Any, skip: str) -> None:
-    layers, skipped = find_layers(ir.from_proto(residual_net()).graph, skip=[skip])
-    assert [layer.name for layer in layers] == ["c1", "c3", "logits"]
-    assert skipped == [Skipped("node_c2", "Conv", "left float on request")]
+COLLIDING = {
+    # (node name, weight) of each layer, and the names they get.
+    "a module path before a node's name": ([("x", "w"), ("n", "x.weight")], ["w", "x"]),
+    "the weight's name taken too": ([("x", "w"), ("n", "x.weight"), ("w", "v")], ["w_1", "x", "w"]),
+    "numbers": ([("x", "w"), ("n", "x.weight"), ("w", "v"), ("w_1", "u")], ["w_2", "x", "w", "w_1"]),
+    "no collision": ([("x", "w"), ("n", "y.weight")], ["x", "y"]),
+}
+
+
+@pytest.mark.parametrize(("pairs", "names"), COLLIDING.values(), ids=COLLIDING.keys())
+@pytest.mark.parametrize("backwards", [False, True], ids=["in order", "backwards"])
+def test_no_two_layers_go_by_one_name(
+    make_model: Callable[..., onnx.ModelProto], pairs: list[tuple[str, str]], names: list[str], backwards: bool
+) -> None:
+    """Whatever the order of the nodes: in an exported file it is another one."""
+    nodes = [helper.make_node("MatMul", ["x", w], [f"y{i}"], name=n) for i, (n, w) in enumerate(pairs)]
+    outputs = {f"y{i}": None for i in range(len(pairs))}
+    if backwards:
+        nodes.reverse()
+    constants = {w: np.ones((4, 5), F32) for _, w in pairs}
+    layers, _ = find_layers(ir.from_proto(make_model(nodes, {"x": ("N", 4)}, outputs, constants)).graph)
+    assert [layer.name for layer in layers] == (names[::-1] if backwards else names)
+
+
+def test_readers_of_one_weight_have_names_of_their_own(make_model: Callable[..., onnx.ModelProto]) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "fc.weight"], [f"y{i}"], name=f"n{i}") for i in range(3)]
+    outputs = {f"y{i}": None for i in range(3)}
+    proto = make_model(nodes, {"x": ("N", 4)}, outputs, {"fc.weight": np.ones((4, 5), F32)})
+    layers, _ = find_layers(ir.from_proto(proto).graph)
+    assert [layer.name for layer in layers] == ["fc", "fc.weight", "fc.weight_1"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -168,12 +196,3 @@ def test_values_that_no_grid_holds_are_named(residual_net: Any, value: float, wh
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     with pytest.raises(BadWeightsError, match=f"logits.*{where}"):
         find_layers(ir.from_proto(proto).graph)
-
-
-def test_a_layer_left_float_on_request_may_be_broken(make_model: Callable[..., onnx.ModelProto]) -> None:
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="node")
-    proto = make_model([node], {"x": ("N", 4)}, {"y": None}, {"w": np.full((4, 5), np.nan, F32)})
-    assert proto.graph.initializer[0].data_type == TensorProto.FLOAT
-    layers, (skipped,) = find_layers(ir.from_proto(proto).graph, skip=["node"])
-    assert layers == []
-    assert skipped.reason == "left float on request"

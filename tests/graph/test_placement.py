@@ -16,9 +16,9 @@ from efrapq.graph.placement import Placement, activation_after, place
 F32 = np.float32
 
 
-def placed(proto: onnx.ModelProto, act_bits: int = 8, edge_bits: int = 8, skip: tuple[str, ...] = ()) -> Placement:
+def placed(proto: onnx.ModelProto, act_bits: int = 8, edge_bits: int = 8) -> Placement:
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
-    layers, _ = find_layers(graph, skip)
+    layers, _ = find_layers(graph)
     return place(graph, layers, act_bits, edge_bits)
 
 
@@ -49,6 +49,11 @@ def test_four_bit_activations_and_edges(net: Any) -> None:
     # The last layer reads `flat`, which lives on the grid of `gap`.
     assert placement.grids == {"input": 8, "a1": 4, "a2": 4, "c3": 4, "a3": 4, "gap": 8}
     assert placed(without_batchnorm(net), act_bits=4, edge_bits=4).grids == dict.fromkeys(placement.grids, 4)
+
+
+def test_edges_never_get_fewer_bits_than_the_rest(net: Any) -> None:
+    placement = placed(without_batchnorm(net), act_bits=8, edge_bits=4)
+    assert placement.grids == dict.fromkeys(["input", "a1", "a2", "c3", "a3", "gap"], 8)
 
 
 @pytest.mark.parametrize("act_bits", [32, 64])
@@ -113,6 +118,51 @@ def test_padding_that_is_not_zero_stays_float(net: Any, attributes: Any, constan
     assert not placed(n.model("out")).same
 
 
+PADDING = {
+    "zero": ({}, [np.array(0, F32)], True),
+    "no value": ({}, [], True),
+    "a value that the grid may not hold": ({}, [np.array(9, F32)], False),
+    "reflect": ({"mode": "reflect"}, [], True),
+    "edge": ({"mode": "edge"}, [], True),
+}
+
+
+@pytest.mark.parametrize(("attributes", "constants", "shared"), PADDING.values(), ids=PADDING.keys())
+def test_padding_before_a_layer(net: Any, attributes: Any, constants: Any, shared: bool) -> None:
+    """The layer wants its input on a grid: the one before the Pad only where that holds what is padded with."""
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    names = [n.constant(f"k{i}", c) for i, c in enumerate([np.array([0, 0, 1, 1, 0, 0, 1, 1]), *constants])]
+    placement = placed(n.model(n.conv(n.op("Pad", [a, *names], "padded", **attributes), "out", 4, 2, pads=[0] * 4)))
+    assert placement.same == ({"padded": "a1"} if shared else {})
+    assert set(placement.grids) == ({"input", "a1"} if shared else {"input", "a1", "padded"})
+
+
+def test_padding_with_a_value_computed_at_run_time_has_its_own_grid(net: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    value = n.op("ReduceMax", a, "peak", keepdims=0)
+    pads = n.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+    placement = placed(n.model(n.conv(n.op("Pad", [a, pads, value], "padded"), "out", 4, 2, pads=[0] * 4)))
+    assert placement.same == {}
+    assert "padded" in placement.grids
+
+
+@pytest.mark.parametrize("source", ["constant", "float"])
+def test_moving_operators_of_what_has_no_grid_own_theirs(net: Any, source: str) -> None:
+    n = net()
+    n.conv("input", "c1", 3, 4)
+    value = n.constant("k", np.ones((1, 4, 8, 8), F32)) if source == "constant" else n.op("Sigmoid", "c1", "a1")
+    moved = n.op("Transpose", value, "moved", perm=[0, 1, 3, 2])
+    placement = placed(n.model(n.op("Add", [n.conv(moved, "c2", 4, 4), "c1"], "out")))
+    if source == "constant":
+        assert placement.same == {}
+        assert set(placement.grids) == {"input", "moved", "c1", "c2"}
+    else:
+        assert placement.same == {"moved": "a1"}
+        assert set(placement.grids) == {"input", "a1", "c1", "c2"}
+
+
 def test_max_pool_with_indices_stays_float(net: Any) -> None:
     n = net()
     a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
@@ -172,9 +222,11 @@ def test_nothing_is_absorbed_past_another_reader_or_an_output(net: Any) -> None:
 def test_layers_left_float_do_not_ask_for_grids(net: Any) -> None:
     n = net()
     a = n.op("Sigmoid", n.conv("input", "c1", 3, 4), "a1")
-    b = n.op("Sigmoid", n.conv(a, "c2", 4, 4), "a2")
+    # Its padding depends on the input's size: such a convolution stays float.
+    b = n.op("Sigmoid", n.conv(a, "c2", 4, 4, auto_pad="SAME_UPPER"), "a2")
+    n.nodes[-2].attribute.remove(next(x for x in n.nodes[-2].attribute if x.name == "pads"))
     proto = n.model(n.conv(b, "c3", 4, 2))
-    assert set(placed(proto, skip=("c2",)).grids) == {"input", "c1", "a2"}
+    assert set(placed(proto).grids) == {"input", "c1", "a2"}
 
 
 def test_transposed_convolutions_read_what_they_are_given(varied_net: Callable[..., onnx.ModelProto]) -> None:

@@ -73,7 +73,7 @@ def test_what_does_not_load_is_one_typed_line() -> None:
     broken.graph.node[2].op_type = "Gemm"
     broken.graph.node[2].attribute.append(helper.make_attribute("transB", 1))
     with pytest.raises(UnsupportedModelError, match=r"ONNX Runtime does not (load|run)") as caught:
-        try_run(broken.SerializeToString())
+        try_run(broken.SerializeToString(), (1, 3, 4, 4))
     assert "\n" not in str(caught.value)
 
 
@@ -82,6 +82,76 @@ def test_latency_is_measured_for_each_in_turn() -> None:
     times = interleaved_latency(sessions, np.zeros((1, 3, 4, 4), np.float32), rounds=3, warmup=1)
     assert set(times) == {"a", "b"}
     assert min(times.values()) > 0
+
+
+def test_latency_of_a_fixed_batch_is_shared_among_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efrapq.verification import session as module
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+    session = open_session(fixed_batch_model(4))
+    times = interleaved_latency({"a": session}, np.zeros((1, 3, 4, 4), np.float32), rounds=3, warmup=1)
+    assert times == {"a": 250.0}
+    assert [session.images_run(n) for n in (1, 4, 5)] == [4, 4, 8]
+
+
+def classifier_with_output(make_model, shape: list[int], *, inputs: int = 1) -> bytes:
+    """A model that repeats the mean of each channel over an output of this shape behind the batch."""
+    names = ["x", "second"][:inputs]
+    proto = make_model(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["p"]),
+            helper.make_node("Reshape", ["p", "to"], ["r"]),
+            helper.make_node("Expand", ["r", "shape"], ["y"]),
+            *(helper.make_node("Identity", [n], [f"{n}_out"]) for n in names[1:]),
+        ],
+        {n: ["N", 3, 4, 4] for n in names},
+        {"y": None} | {f"{n}_out": None for n in names[1:]},
+        {
+            "to": np.array([0, 3, *[1] * (len(shape) - 1)], np.int64),
+            "shape": np.array([1, *shape], np.int64),
+        },
+    )
+    return proto.SerializeToString()
+
+
+def predict_once(session) -> Predictions:
+    data = Dataset.from_arrays(np.zeros((5, 4, 4, 3), np.uint8), None)
+    with Silent().task("x", 1) as task:
+        return predict(session, data, Preprocess(), None, task, "defended")
+
+
+def test_a_pooled_output_of_one_by_one_is_a_classifiers(make_model) -> None:
+    assert predict_once(open_session(classifier_with_output(make_model, [3, 1, 1]))).classes == 3
+
+
+def test_an_output_with_places_is_no_classifiers(make_model) -> None:
+    session = open_session(classifier_with_output(make_model, [3, 2, 5]))
+    with pytest.raises(UnsupportedModelError, match="is not a classifier: its output is N×3×2×5"):
+        predict_once(session)
+
+
+def test_what_fails_while_running_is_one_typed_line(make_model) -> None:
+    proto = make_model(
+        [helper.make_node("Reshape", ["x", "to"], ["y"], name="\x1b[31mbad")],
+        {"x": ["N", 3, 4, 4]},
+        {"y": None},
+        {"to": np.array([7, 11], np.int64)},
+    )
+    with pytest.raises(UnsupportedModelError, match="does not run the model on an input of 5×3×4×4") as caught:
+        predict_once(open_session(proto.SerializeToString()))
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_only_one_batch_of_images_goes_in(make_model) -> None:
+    two = open_session(classifier_with_output(make_model, [3], inputs=2))
+    with pytest.raises(UnsupportedModelError, match="m: has 2 inputs"):
+        two.require_images("m")
+    flat = make_model([helper.make_node("Relu", ["x"], ["y"])], {"x": ["N", 3]}, {"y": None})
+    with pytest.raises(UnsupportedModelError, match="m: its input is not a batch of images"):
+        open_session(flat.SerializeToString()).require_images("m")
+    open_session(classifier_with_output(make_model, [3])).require_images("m")
 
 
 def test_predictions_use_the_trigger_on_the_raw_image() -> None:

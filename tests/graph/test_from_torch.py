@@ -1,0 +1,51 @@
+"""What exporting a torch network leaves behind, and where it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from efrapq.errors import UnsupportedModelError
+from efrapq.graph.from_torch import _device_of, export_module
+
+
+class Branching(nn.Module):
+    """Its control flow depends on the data, which torch.export cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["exported", "refused"])
+def test_each_part_keeps_its_mode(works: bool) -> None:
+    """A network in training whose BatchNorm is frozen in evaluation mode comes back as it was."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) if works else Branching()
+    network.train()
+    frozen = next(part for part in network.modules() if isinstance(part, nn.BatchNorm2d))
+    frozen.eval()
+    before = {name: part.training for name, part in network.named_modules()}
+    if works:
+        export_module(network, (3, 8, 8))
+    else:
+        with pytest.raises(UnsupportedModelError):
+            export_module(network, (3, 8, 8))
+    assert {name: part.training for name, part in network.named_modules()} == before
+    assert set(before.values()) == {True, False}
+
+
+def test_the_sample_goes_where_the_network_is() -> None:
+    assert _device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert _device_of(nn.BatchNorm2d(2, affine=False, device="meta")) == torch.device("meta")
+    assert _device_of(nn.ReLU()) == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_on_the_gpu() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).cuda()
+    assert export_module(network, (3, 8, 8)).graph.initializer
+    assert next(network.parameters()).is_cuda
