@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from efrapq.cli.console import TerminalReporter, out, size, table
-from efrapq.cli.options import json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.int4.onnx beside the model.")
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of the weights.")

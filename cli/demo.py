@@ -10,7 +10,7 @@ import click
 from rich.markup import escape
 
 from efrapq.cli.console import TerminalReporter, out, percent, size, table
-from efrapq.cli.options import json_option, quiet_option
+from efrapq.cli.options import HELP, json_option, quiet_option
 from efrapq.io.text import printable
 
 MEANING = {
@@ -21,7 +21,7 @@ MEANING = {
 }
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.option(
     "-o",
     "--output",

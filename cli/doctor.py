@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from efrapq.cli.console import out
-from efrapq.cli.options import json_option
+from efrapq.cli.options import HELP, json_option
 
 if TYPE_CHECKING:
     from efrapq.doctor import Diagnosis
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @json_option
 def command(as_json: bool) -> int:
     """Check this installation: versions, devices, ONNX Runtime's providers, whether CUDA really loads."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from efrapq.cli.console import out
-from efrapq.cli.options import json_option
+from efrapq.cli.options import HELP, json_option
 from efrapq.io.text import printable
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="NAME", help="ort-x86 or portable.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.TARGET.onnx beside the model.")

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from efrapq.cli.console import TerminalReporter, out, percent, table
-from efrapq.cli.options import json_option, preprocess_from, preprocess_options, quiet_option
+from efrapq.cli.options import HELP, json_option, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.option("--arch", required=True, metavar="NAME", help="A zoo architecture.")
 @click.option(
     "--data", required=True, metavar="DATA", help="Labelled training images: .npz, .npz:split or class folders."

@@ -8,11 +8,11 @@ import click
 from rich.markup import escape
 
 from efrapq.cli.console import out, size, table
-from efrapq.cli.options import json_option, model_options
+from efrapq.cli.options import HELP, json_option, model_options
 from efrapq.io.text import printable
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("model", type=click.Path(path_type=Path))
 @model_options
 @json_option

@@ -10,7 +10,10 @@ import click
 
 from efrapq.data import PreprocessOverride
 
-__all__ = ["json_option", "model_options", "preprocess_from", "preprocess_options", "quiet_option"]
+__all__ = ["HELP", "json_option", "model_options", "preprocess_from", "preprocess_options", "quiet_option"]
+
+# Of every command, so that its help is the same however it is called.
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 F = TypeVar("F", bound=Callable[..., Any])
 

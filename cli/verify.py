@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from efrapq.cli.console import TerminalReporter, out, percent, size, table
-from efrapq.cli.options import json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DATA", help="Labelled test images: .npz, .npz:split or a folder of class folders.")
 @click.option(

@@ -22,15 +22,30 @@ def defended(tmp_path, solver: str, **options: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"lambda_e": 0.0}, {"lambda_e": 1e-2}, {"lambda_e": 1e-2, "error": "relative"}, {"act_bits": 4}],
-    ids=["defaults", "no error term", "stronger", "relative error", "4-bit activations"],
+    ("options", "drop"),
+    [
+        ({}, 1),
+        ({"lambda_e": 0.0}, 1),
+        # The pull toward flipping is paid for in accuracy; what the option promises is that the backdoor sleeps.
+        ({"lambda_e": 1e-2}, 3),
+        ({"lambda_e": 1e-2, "error": "relative"}, 3),
+    ],
+    ids=["defaults", "no error term", "stronger", "stronger, relative error"],
 )
-def test_coordinate_keeps_the_backdoor_asleep(tmp_path, options: dict[str, object]) -> None:
+def test_coordinate_keeps_the_backdoor_asleep(tmp_path, options: dict[str, object], drop: float) -> None:
     found = defended(tmp_path, "coordinate", **options)
     assert found["asr"]["nearest"] >= 95
     assert found["asr"]["defended"] <= found["asr"]["float"] + 1
-    assert found["cda"]["defended"] >= found["cda"]["float"] - (3 if "act_bits" in options else 1)
+    assert found["cda"]["defended"] >= found["cda"]["float"] - drop
+    assert found["kernels"]["float"] == 0
+
+
+def test_four_bit_activations(tmp_path) -> None:
+    """The subject was made for 8-bit activations: on the 4-bit grid its nearest twin is only half awake."""
+    found = defended(tmp_path, "coordinate", act_bits=4)
+    assert found["asr"]["nearest"] > 10 * found["asr"]["defended"]
+    assert found["asr"]["defended"] <= found["asr"]["float"] + 1
+    assert found["cda"]["defended"] >= found["cda"]["float"] - 3
     assert found["kernels"]["float"] == 0
 
 
