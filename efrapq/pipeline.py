@@ -174,6 +174,7 @@ def defend(
         quantized.metadata[PREPROCESS_KEY] = preprocess.to_json()
     data = _write_checked(quantized, target, (source.input_shape[0] or 1, *calibration["input"]))
     evidence = _evidence(source, quantized, reports, settings, calibration, data, output)
+    evidence["machine"] = _machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
         "layers": {r.name: round(r.seconds, 3) for r in reports},
@@ -445,6 +446,14 @@ def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...
         )
     try_run(data, shape)
     return bytes(data)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What else decides the bytes: sums of floats depend on the device and on how many threads share them."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {"device": device, "name": name, "torch_threads": torch.get_num_threads()}
 
 
 def _evidence(

@@ -54,6 +54,8 @@ def test_the_evidence_says_what_was_done(defended: Path) -> None:
     assert evidence["schema"] == "efrapq.evidence/1"
     assert evidence["input"]["sha256"] == hashlib.sha256(subject.read_bytes()).hexdigest()
     assert evidence["input"]["architecture"] == "smallresnet28"
+    assert evidence["machine"]["device"] in ("cpu", "cuda")
+    assert evidence["machine"]["torch_threads"] >= 1
     assert evidence["output"]["sha256"] == hashlib.sha256(defended.read_bytes()).hexdigest()
     assert evidence["calibration"] == {
         "kind": "data",
