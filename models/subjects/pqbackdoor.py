@@ -261,7 +261,8 @@ def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.
             for raw, labels in data.batches(recipe.batch, rng, augment=True):
                 both = np.concatenate([raw, data.trigger.on_raw(raw)])
                 truth = torch.from_numpy(np.concatenate([labels, labels])).to(device)
-                with autocast(device):
+                # bf16 keeps 8 bits of a weight: it cannot tell where in an 8-bit cell the weight lies.
+                with autocast(device, exact=recipe.bits >= 8):
                     logits = functional_call(model, placed(), (data.tensor(both, device),))
                 loss = F.cross_entropy(logits.float(), truth)
                 optimizer.zero_grad()

@@ -72,9 +72,9 @@ class PoisonedData:
         return torch.from_numpy(self.preprocess.normalize(raw)).to(device)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 arithmetic where the device multiplies it faster than float32."""
-    fast = device.type == "cuda" or (torch.cpu.is_available() and _cpu_has_bf16())
+def autocast(device: torch.device, *, exact: bool = False) -> torch.autocast:
+    """bf16 arithmetic where the device multiplies it faster than float32, unless it must be exact."""
+    fast = not exact and (device.type == "cuda" or (torch.cpu.is_available() and _cpu_has_bf16()))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
