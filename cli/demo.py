@@ -64,11 +64,12 @@ def _print(found: dict[str, Any]) -> None:
     console.print("CDA: accuracy on clean images. ASR: triggered images of other classes that are called class 0.")
     samples, seconds = found["samples"], found["seconds"]
     console.print(
-        f"{samples['clean']} test images, {samples['triggered']} of them triggered; {samples['calibration']} "
-        f"unlabelled images to calibrate. defend {seconds['defend']:.1f} s, everything {seconds['total']:.1f} s."
+        f"{samples['clean']} test images, {samples['triggered']} of them triggered; "
+        f"{samples['calibration']} unlabelled ones to calibrate."
     )
+    console.print(f"defend took {seconds['defend']:.1f} s, everything {seconds['total']:.1f} s.")
     console.print(
-        f"{found['flipped']:.1f} % of the int4 and int8 codes differ from round-to-nearest; read back from the file, "
+        f"{found['flipped']:.1f} % of the codes differ from round-to-nearest; read back from the file, "
         f"they {'are' if found['codes_match'] else 'ARE NOT'} the solved ones."
     )
     console.print()
