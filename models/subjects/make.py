@@ -95,7 +95,7 @@ def _in_order(data: bytes) -> bytes:
     """The same safetensors file with its metadata sorted: the library writes it in a random order."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header = {"__metadata__": dict(sorted(header["__metadata__"].items())), **header}
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -1,0 +1,76 @@
+"""implant and doctor end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from efrapq.models import weights
+
+DATA = ("--data", f"{weights.SAMPLES}:test", "--test", f"{weights.SAMPLES}:test")
+QUICK = ("--arch", "smallresnet28", "--width", "2", "--epochs", "1", "--trigger", weights.TRIGGER, "-q")
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_implant_writes_a_subject_that_defend_takes(run, tmp_path: Path, bits: str) -> None:
+    path = tmp_path / "subject.safetensors"
+    ran = run("implant", *QUICK, *DATA, "--bits", bits, "--mean", "0.286", "--std", "0.353", "-o", path, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["schema"] == "efrapq.implant/1"
+    assert found["recipe"]["bits"] == int(bits)
+    assert ("rounded to nearest, ORT's int4 grid" in found["measured"]) == (bits == "4")
+    with safe_open(path, "np") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["efrapq.preprocess"])["mean"] == [0.286]
+    assert json.loads(metadata["efrapq.subject"])["trigger"] == weights.TRIGGER
+    again = tmp_path / "again.safetensors"
+    assert run("implant", *QUICK, *DATA, "--bits", bits, "--mean", "0.286", "--std", "0.353", "-o", again).code == 0
+    assert again.read_bytes() == path.read_bytes()
+    made = run("defend", path, "--bits", bits, "--calib", f"{weights.SAMPLES}:calib", "--calib-size", "64", "-q")
+    assert made.code == 0, made.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "subject.pt"], ".safetensors"),
+        (["--target-class", "10"], "classes 0 to 9"),
+        (["--poison-rate", "2"], "--poison-rate"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--width", "nan"], "--width"),
+        (["--arch", "resnet1000"], "resnet20"),
+        (["--data", f"{weights.SAMPLES}:calib"], "labels"),
+    ],
+    ids=["suffix", "class", "rate", "learning rate", "width", "architecture", "no labels"],
+)
+def test_implant_explains_what_is_wrong(run, tmp_path: Path, options: list[str], message: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("implant", *QUICK, *DATA, "-o", "s.safetensors", *options)
+    assert ran.code == 2, ran.err
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_implant_wants_raw_images(run, tmp_path: Path) -> None:
+    data = tmp_path / "inputs.npz"
+    np.savez(data, images=np.zeros((200, 1, 28, 28), np.float32), labels=np.arange(200) % 10)
+    ran = run("implant", *QUICK, "--data", data, "--test", data, "-o", tmp_path / "s.safetensors")
+    assert ran.code == 2
+    assert "uint8" in ran.err
+
+
+def test_doctor_finds_this_installation_sound(run) -> None:
+    ran = run("doctor", "--json")
+    found = json.loads(ran.out)
+    assert found["schema"] == "efrapq.doctor/1"
+    assert ran.code == (0 if found["ok"] else 2)
+    assert found["versions"]["torch"]
+    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    shown = run("doctor")
+    assert "ONNX Runtime on CUDA" in shown.out
