@@ -23,6 +23,9 @@ def test_implant_writes_a_subject_that_defend_takes(run, tmp_path: Path, bits: s
     found = json.loads(ran.out)
     assert found["schema"] == "efrapq.implant/1"
     assert found["recipe"]["bits"] == int(bits)
+    measured = found["measured"]
+    usable = measured["float subject"]["asr"] <= 10 and measured["rounded to nearest"]["asr"] >= 90
+    assert ("not a usable subject" in ran.err) == (not usable)
     assert ("rounded to nearest, ORT's int4 grid" in found["measured"]) == (bits == "4")
     with safe_open(path, "np") as opened:
         metadata = opened.metadata()
