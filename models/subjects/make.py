@@ -80,8 +80,8 @@ def make_subject(
     report = implant(model, data, measured, recipe, device=torch.device(resolve_device(device)), reporter=reporter)
     if report.floating.asr > 10 or report.nearest.asr < 90:
         reporter.warn(
-            f"not a usable subject: float {report.floating}, nearest {report.nearest}; try more --unlearn-epochs, a lower "
-            "--poison-rate or a wider network (8-bit cells give a small one little room)"
+            f"not a usable subject: float {report.floating}, nearest {report.nearest}; try more --unlearn-epochs, "
+            "a lower --poison-rate or a wider network (8-bit cells give a small one little room)"
         )
     metadata = {
         PREPROCESS_KEY: preprocess.to_json(),
