@@ -57,20 +57,21 @@ class Exported:
 
 def default_output(model: str | Path, bits: int) -> Path:
     """model.pt → model.int4.onnx, beside it."""
-    path = Path(model)
-    if not path.name or path.is_dir():
-        raise InputError(f"{printable(path)}: is a folder, not a model file")
-    return path.with_name(f"{path.stem}.int{bits}.onnx")
+    return _beside(model, f"int{bits}")
 
 
 def exported_name(model: str | Path, target: str) -> Path:
     """model.int4.onnx → model.int4.TARGET.onnx, beside it."""
     from efrapq.exporters import profile
 
+    return _beside(model, profile(target).name)
+
+
+def _beside(model: str | Path, word: str) -> Path:
     path = Path(model)
     if not path.name or path.is_dir():
         raise InputError(f"{printable(path)}: is a folder, not a model file")
-    return path.with_name(f"{path.stem}.{profile(target).name}.onnx")
+    return path.with_name(f"{path.stem}.{word}.onnx")
 
 
 def defend(
@@ -336,7 +337,7 @@ def _solve(
     if dataset is None:
         chunks, calibration = _synthetic(source, shape, calib_size, device, seed, reporter)
     else:
-        chunks, calibration = _real(dataset, shape, preprocess, source.name, reporter)
+        chunks, calibration = _real(dataset, shape, preprocess, source.name)
     placement = place(model.graph, layers, act_bits, edge_bits)
     settings = PassSettings(bits, edge_bits, act_range, solver=solver, seed=seed, device=device)
     try:
@@ -377,7 +378,6 @@ def _real(
     shape: tuple[int | None, ...],
     preprocess: Preprocess | None,
     name: str,
-    reporter: Reporter,
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     import torch
 
