@@ -8,14 +8,22 @@ from typing import Any
 import click
 
 from efrapq.cli.console import TerminalReporter, out, size, table
-from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.cli.options import (
+    HELP,
+    MemorySize,
+    json_option,
+    model_options,
+    preprocess_from,
+    preprocess_options,
+    quiet_option,
+)
 from efrapq.io.text import printable
 
 
 @click.command(context_settings=HELP)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.int4.onnx beside the model.")
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits of the weights.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of the weights.")
 @click.option(
     "--act-bits",
     type=click.Choice(["4", "8", "32"]),
@@ -25,8 +33,8 @@ from efrapq.io.text import printable
 )
 @click.option(
     "--edge-bits",
-    type=click.Choice(["4", "8"]),
-    default="8",
+    type=click.IntRange(2, 8),
+    default=8,
     show_default=True,
     help="Bits of the first and last layer.",
 )
@@ -46,7 +54,15 @@ from efrapq.io.text import printable
     show_default=True,
     help="coordinate: ours; relaxed: the paper's gradient descent; nearest: no defence.",
 )
-@click.option("--lambda-e", type=float, help="Weight of the error term. Default: 0.001 (coordinate), 1 (relaxed).")
+@click.option(
+    "--fidelity",
+    type=float,
+    metavar="FACTOR",
+    help="coordinate: flip as many weights as keeps each layer's L_A within FACTOR of its optimum.  [default: 1.1]",
+)
+@click.option(
+    "--lambda-e", type=float, help="A fixed weight of the error term instead. Default of relaxed: 1, the paper's."
+)
 @click.option(
     "--error",
     type=click.Choice(["absolute", "relative"]),
@@ -62,18 +78,33 @@ from efrapq.io.text import printable
     show_default=True,
     help="Activation ranges; auto: minmax at 8 bits, mse at 4.",
 )
+@click.option(
+    "--scale",
+    type=click.Choice(["minmax", "mse", "refit"]),
+    default="minmax",
+    show_default=True,
+    help="Weight scales: the largest weight's; of least rounding error; re-fitted to the codes.",
+)
 @click.option("--target", metavar="NAME", help="ort-x86 or portable. Default: the machine it runs on.")
 @model_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--memory",
+    type=MemorySize(),
+    metavar="SIZE",
+    help="Keep so much of the activations in memory, e.g. 2G; the rest goes to temporary files. Default: half of what "
+    "is free.",
+)
+@click.option("--resume", is_flag=True, help="Continue a run of the same command that was stopped.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 @quiet_option
 def command(
     model: Path,
     output: Path | None,
-    bits: str,
+    bits: int,
     act_bits: str,
-    edge_bits: str,
+    edge_bits: int,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     size: tuple[int, int] | None,
@@ -90,10 +121,10 @@ def command(
 
     made = defend(
         model,
-        output or default_output(model, int(bits)),
-        bits=int(bits),
+        output or default_output(model, bits),
+        bits=bits,
         act_bits=int(act_bits),
-        edge_bits=int(edge_bits),
+        edge_bits=edge_bits,
         preprocess=preprocess_from(mean, std, size),
         reporter=TerminalReporter(quiet=quiet),
         **options,

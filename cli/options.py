@@ -10,7 +10,15 @@ import click
 
 from efrapq.data import PreprocessOverride
 
-__all__ = ["HELP", "json_option", "model_options", "preprocess_from", "preprocess_options", "quiet_option"]
+__all__ = [
+    "HELP",
+    "MemorySize",
+    "json_option",
+    "model_options",
+    "preprocess_from",
+    "preprocess_options",
+    "quiet_option",
+]
 
 # Of every command, so that its help is the same however it is called.
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -58,6 +66,18 @@ class Shape(click.ParamType[tuple[int, int, int]]):
         if match is None:
             self.fail(f"'{value}' is not a shape such as 3,224,224", param, ctx)
         return int(match[1]), int(match[2]), int(match[3])
+
+
+class MemorySize(click.ParamType[int]):
+    """2G, 500M or bytes"""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if match is None or int(match[1]) < 1:
+            self.fail(f"'{value}' is not a size such as 2G, 500M or a number of bytes", param, ctx)
+        return int(match[1]) << (10 * ("KMGT".find(match[2].upper()) + 1 if match[2] else 0))
 
 
 def preprocess_options(command: F) -> F:

@@ -5,34 +5,28 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
-from efrapq.errors import DataError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
+from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
+from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
     from torch import nn
 
     from efrapq.graph.quantized import QuantizedModel
-    from efrapq.rounding import Coordinate, Relaxed
-    from efrapq.stream import LayerReport
+    from efrapq.stream import Journal, LayerReport, PassSettings, Solved
 
 __all__ = ["Defended", "Exported", "default_output", "defend", "export", "exported_name"]
-
-SOLVERS = ("coordinate", "relaxed", "nearest")
-RANGES = ("auto", "minmax", "percentile", "mse")
-# The error term's weight where the user gives none: measured for `coordinate`, the paper's for `relaxed`.
-LAMBDA_E = {"coordinate": 1e-3, "relaxed": 1.0}
 
 
 @dataclass(frozen=True)
@@ -86,34 +80,52 @@ def defend(
     preprocess: Preprocess | PreprocessOverride | None = None,
     solver: str = "coordinate",
     lambda_e: float | None = None,
+    fidelity: float | None = None,
     error: str = "absolute",
     steps: int = 10_000,
     act_range: str = "auto",
+    scale: str = "minmax",
     target: str | None = None,
     arch: str | None = None,
     input_shape: tuple[int, int, int] | None = None,
     device: str = "auto",
     seed: int = 0,
+    memory: int | None = None,
+    resume: bool = False,
     trust_pickle: bool = False,
     reporter: Reporter | None = None,
 ) -> Defended:
     """Quantize a float model with EFRAP rounding (Li et al., CVPR 2024).
 
     model: a path or an nn.Module. output: where to write the QDQ graph; the evidence goes beside it with the suffix
-    .json; None writes nothing. bits: of the weights, 4 or 8; act_bits: 8, 4, or 32 for float activations; edge_bits:
+    .json; None writes nothing. bits: of the weights, 2 to 8; act_bits: 8, 4, or 32 for float activations; edge_bits:
     of the first and last layer. calib: images to calibrate on, at most calib_size of them; without it inputs are
-    made from the model's BatchNorm statistics. solver: coordinate, relaxed (the paper's) or nearest. lambda_e, error:
-    weight and unit of the error term. The same inputs, seed and versions give the same bytes.
+    made from the model's BatchNorm statistics. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the
+    factor by which each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the
+    error term instead; error: its unit. scale: of the weights, minmax, mse or refit. memory: bytes of activations kept
+    in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and
+    versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
     from efrapq.device import resolve_device
     from efrapq.exporters import native_target, profile
+    from efrapq.stream import PassSettings
 
     started = time.perf_counter()
     reporter = reporter or Silent()
-    _check_options(bits, act_bits, edge_bits, solver, error, act_range, calib_size, seed)
-    solver_settings = _solver_settings(solver, lambda_e, error, steps)
+    check_options(
+        bits=bits,
+        act_bits=act_bits,
+        edge_bits=edge_bits,
+        solver=solver,
+        error=error,
+        act_range=act_range,
+        scale=scale,
+        calib_size=calib_size,
+        seed=seed,
+    )
+    rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
     target = target or native_target(platform.machine())
     profile(target)
@@ -121,6 +133,8 @@ def defend(
     evidence_path = None
     if output is not None:
         output, evidence_path = _outputs(output, [*inputs, *_files(calib)])
+    elif resume:
+        raise UsageError("--resume needs an output: the run's layers are kept beside it")
     own_network = not inputs or (arch is not None and ":" in arch)
     if own_network and input_shape is None and calib is not None:
         input_shape = _sample_shape(calib, preprocess)
@@ -128,60 +142,50 @@ def defend(
     for note in source.notes:
         reporter.warn(note)
     reporter.note(_describe(source))
+    for width in sorted({bits, edge_bits} - {4, 8}):
+        reporter.note(f"weights of {width} bits are stored in {4 if width < 4 else 8}-bit integers")
     preprocess, colours_known = effective_preprocess(preprocess, source.preprocess)
     dataset = _open_calibration(calib, source, preprocess, calib_size, seed)
     if dataset is not None and not dataset.is_input and not colours_known:
         reporter.warn(
             "no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more"
         )
-    quantized, reports, calibration = _solve(
-        source,
-        dataset,
-        preprocess,
-        bits=bits,
-        act_bits=act_bits,
-        edge_bits=edge_bits,
-        solver=solver_settings,
-        act_range=_act_range(act_range, act_bits),
-        calib_size=calib_size,
-        device=device,
+    settings = PassSettings(
+        bits,
+        edge_bits,
+        act_range_for(act_range, act_bits),
+        scale,
+        solver=rounding,
         seed=seed,
-        reporter=reporter,
+        device=device,
+        memory=memory_limit(memory, device),
     )
-    settings = {
-        "bits": bits,
-        "act_bits": act_bits,
-        "edge_bits": edge_bits,
-        "solver": solver,
-        "lambda_e": _lambda_e(solver, lambda_e),
-        "error": error,
-        "act_range": _act_range(act_range, act_bits),
-        "seed": seed,
-        "target": target,
-    }
-    if solver == "relaxed":
-        settings["steps"] = steps
+    quantized, solved, calibration = _solve(
+        source, dataset, preprocess, act_bits, calib_size, settings, output, resume, reporter
+    )
+    recorded = _recorded_settings(settings, act_bits, target)
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
             "efrapq.version": versions()["efrapq"],
             "efrapq.source.sha256": source.sha256,
             "efrapq.codes.sha256": quantized.digest,
-            "efrapq.settings": json.dumps(settings, sort_keys=True),
+            "efrapq.settings": json.dumps(recorded, sort_keys=True),
             "efrapq.calibration": json.dumps(calibration, sort_keys=True),
         }
     )
     if preprocess is not None:
         quantized.metadata[PREPROCESS_KEY] = preprocess.to_json()
     data = _write_checked(quantized, target, (source.input_shape[0] or 1, *calibration["input"]))
-    evidence = _evidence(source, quantized, reports, settings, calibration, data, output)
+    evidence = _evidence(source, quantized, solved.reports, recorded, calibration, data, output)
     evidence["machine"] = _machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
-        "layers": {r.name: round(r.seconds, 3) for r in reports},
+        "layers": {r.name: round(r.seconds, 3) for r in solved.reports},
     }
     if output is not None and evidence_path is not None:
         write_all({output: data, evidence_path: dumps(evidence).encode()})
+        _journal_folder(output, None).discard()
     return Defended(data, evidence, quantized, output, evidence_path)
 
 
@@ -211,50 +215,6 @@ def _recorded_input(metadata: dict[str, str]) -> list[int] | None:
     except (ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, list) and all(isinstance(d, int) and 0 < d < 10_000 for d in found) else None
-
-
-def _check_options(
-    bits: int, act_bits: int, edge_bits: int, solver: str, error: str, act_range: str, calib_size: int, seed: int
-) -> None:
-    if bits not in (4, 8) or edge_bits not in (4, 8):
-        raise UsageError("--bits and --edge-bits must be 4 or 8")
-    if act_bits not in (4, 8, 32):
-        raise UsageError("--act-bits must be 8, 4, or 32 for float activations")
-    if solver not in SOLVERS:
-        raise UsageError(f"unknown solver '{solver}'; known: {', '.join(SOLVERS)}")
-    if error not in ("absolute", "relative"):
-        raise UsageError("--error must be absolute or relative")
-    if act_range not in RANGES:
-        raise UsageError(f"unknown activation range '{act_range}'; known: {', '.join(RANGES)}")
-    if calib_size < 1:
-        raise UsageError("--calib-size must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise UsageError("--seed must be between 0 and 2^63 - 1")
-
-
-def _act_range(act_range: str, act_bits: int) -> str:
-    """Min-max keeps every value and costs nothing at 8 bits; at 4 bits the tails are not worth their levels."""
-    return ("minmax" if act_bits >= 8 else "mse") if act_range == "auto" else act_range
-
-
-def _lambda_e(solver: str, lambda_e: float | None) -> float:
-    if solver == "nearest":
-        return 0.0
-    value = LAMBDA_E[solver] if lambda_e is None else lambda_e
-    if not (np.isfinite(value) and value >= 0):
-        raise UsageError("--lambda-e must be zero or a positive number")
-    return value
-
-
-def _solver_settings(solver: str, lambda_e: float | None, error: str, steps: int) -> Coordinate | Relaxed | None:
-    from efrapq.rounding import Coordinate, Relaxed
-
-    weight = _lambda_e(solver, lambda_e)
-    if solver == "coordinate":
-        return Coordinate(lambda_e=weight, error=error)
-    if solver == "relaxed":
-        return Relaxed(lambda_e=weight, error=error, steps=steps)
-    return None
 
 
 def _open_calibration(
@@ -301,28 +261,46 @@ def _describe(source: FloatModel) -> str:
     return f"{source.name}: {source.format}{architecture}"
 
 
+def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> dict[str, Any]:
+    """What the file and the evidence say of how the codes were chosen."""
+    rounding = settings.solver
+    recorded: dict[str, Any] = {
+        "bits": settings.bits,
+        "act_bits": act_bits,
+        "edge_bits": settings.edge_bits,
+        "solver": "nearest" if rounding is None else type(rounding).__name__.lower(),
+        "act_range": settings.act_range,
+        "scale": settings.scale,
+        "seed": settings.seed,
+        "target": target,
+    }
+    if rounding is not None:
+        chosen = getattr(rounding, "fidelity", None)
+        recorded |= {"error": rounding.error}
+        recorded |= {"lambda_e": rounding.lambda_e} if chosen is None else {"fidelity": chosen}
+        recorded |= {"steps": rounding.steps} if hasattr(rounding, "steps") else {}
+    return recorded
+
+
 def _solve(
     source: FloatModel,
     dataset: Dataset | None,
     preprocess: Preprocess | None,
-    *,
-    bits: int,
     act_bits: int,
-    edge_bits: int,
-    solver: Coordinate | Relaxed | None,
-    act_range: str,
     calib_size: int,
-    device: str,
-    seed: int,
+    settings: PassSettings,
+    output: Path | None,
+    resume: bool,
     reporter: Reporter,
-) -> tuple[QuantizedModel, list[LayerReport], dict[str, Any]]:
+) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
     import torch
 
+    from efrapq.calibration.inputs import input_shape, real_inputs, synthetic_inputs
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
     from efrapq.graph.prepare import prepare
     from efrapq.graph.quantized import QuantizedModel
-    from efrapq.stream import PassSettings, streaming_pass
+    from efrapq.stream import streaming_pass
 
     refuse_quantized(source.proto, source.name)
     model = prepare(source.proto)
@@ -333,97 +311,71 @@ def _solve(
         )
     for node in skipped:
         reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
-    shape = _input_shape(model, source.name)
+    shape = input_shape(model, source.name)
     if dataset is None:
-        chunks, calibration = _synthetic(source, shape, calib_size, device, seed, reporter)
+        chunks, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
     else:
-        chunks, calibration = _real(dataset, shape, preprocess, source.name)
-    placement = place(model.graph, layers, act_bits, edge_bits)
-    settings = PassSettings(bits, edge_bits, act_range, solver=solver, seed=seed, device=device)
+        chunks, calibration = real_inputs(dataset, shape, preprocess, source.name)
+    placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    journal = None
+    if output is not None:
+        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter)
     try:
-        solved = streaming_pass(model, layers, placement, chunks, settings, reporter)
+        solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise RuntimeSetupError(
-            f"out of memory on {device}: use a smaller --calib-size" + (", or --device cpu" if device != "cpu" else "")
+            f"out of memory on {settings.device}: use a smaller --memory or --calib-size"
+            + (", or --device cpu" if settings.device != "cpu" else "")
         ) from exc
+    except EfrapqError:
+        if journal is not None:
+            journal.discard()  # the same error would end the same run again
+        raise
     if len(solved.weights) != len(layers):
         raise UnsupportedModelError(f"{source.name}: two of its layers have the same name; please report the model")
+    if journal is not None and journal.resumed:
+        reporter.note(f"resumed: {journal.resumed} of {len(layers)} layers were solved before")
     for node_name in solved.fallback:
         reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
     kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")}
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
-    return quantized, solved.reports, calibration | {"input": list(chunks[0].shape[1:])}
+    return quantized, solved, calibration | {"input": list(chunks[0].shape[1:])}
 
 
-def _input_shape(model: ir.Model, name: str) -> tuple[int | None, ...]:
-    inputs = model.graph.inputs
-    if len(inputs) != 1:
-        raise UnsupportedModelError(f"{name}: has {len(inputs)} inputs; models with one image input are supported")
-    shape = inputs[0].shape
-    if shape is None or len(shape) != 4:
-        raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
-    return tuple(d if isinstance(d, int) else None for d in shape)
-
-
-def _chunk_size(shape: tuple[int | None, ...]) -> int:
-    """Images a chunk: 128 at 32×32, fewer as they grow; a model with a fixed batch gets exactly that."""
-    if shape[0] is not None:
-        return shape[0]
-    height, width = shape[2] or 224, shape[3] or 224
-    return max(8, min(128, 128 * 32 * 32 // (height * width)))
-
-
-def _real(
-    dataset: Dataset,
-    shape: tuple[int | None, ...],
-    preprocess: Preprocess | None,
-    name: str,
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    import torch
-
-    preprocess = preprocess or Preprocess()
-    chunks = []
-    size = _chunk_size(shape)
-    for indices in dataset.batches(size):
-        x = dataset.inputs(indices, preprocess)
-        if any(want is not None and want != got for want, got in zip(shape[1:], x.shape[1:], strict=True)):
-            wanted = "×".join("any" if d is None else str(d) for d in shape[1:])
-            raise DataError(f"{dataset.name}: gives inputs of {'×'.join(map(str, x.shape[1:]))}, {name} wants {wanted}")
-        if shape[0] is None or len(x) == size:
-            chunks.append(torch.from_numpy(x))
-    if not chunks:
-        raise DataError(f"{dataset.name}: fewer images than the model's fixed batch of {size}")
-    count = sum(len(c) for c in chunks)
-    return chunks, {"kind": "data", "source": Path(dataset.name).name, "images": count}
-
-
-def _synthetic(
+def _journal(
+    output: Path,
     source: FloatModel,
-    shape: tuple[int | None, ...],
-    calib_size: int,
-    device: str,
-    seed: int,
+    settings: PassSettings,
+    act_bits: int,
+    chunks: list[torch.Tensor],
+    resume: bool,
     reporter: Reporter,
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    import torch
+) -> Journal:
+    """The record of solved layers beside the output, keyed by all that decides them."""
+    import hashlib
 
-    from efrapq.calibration.datafree import DataFree, synthesize
-    from efrapq.graph.prepare import simplify
+    from efrapq.calibration.inputs import inputs_digest
 
-    channels, height, width = shape[1:]
-    if channels is None or height is None or width is None:
-        raise DataError(f"{source.name}: its input size is dynamic, so calibration inputs cannot be made: pass --calib")
-    reporter.warn(
-        "no --calib data: calibrating on inputs made from the model's BatchNorm statistics; real images are better"
-    )
-    batch = shape[0] or DataFree.batch
-    settings = DataFree(images=max(min(calib_size, DataFree.images), batch), batch=batch, seed=seed)
-    made = synthesize(simplify(source.proto), (channels, height, width), settings, device, reporter)
-    chunks = list(torch.split(made, _chunk_size(shape)))
-    if shape[0] is not None and len(chunks) > 1 and len(chunks[-1]) != shape[0]:
-        chunks.pop()
-    count = sum(len(c) for c in chunks)
-    return chunks, {"kind": "batchnorm-statistics", "images": count, "steps": settings.steps}
+    decides = {
+        "model": hashlib.sha256(source.proto.SerializeToString(deterministic=True)).hexdigest(),
+        "inputs": inputs_digest(chunks),
+        "act_bits": act_bits,
+        "settings": repr(replace(settings, memory=None)),
+        "versions": versions(),
+        "machine": _machine(settings.device),
+    }
+    journal = _journal_folder(output, hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest())
+    if not resume:
+        journal.restart()
+    elif not journal.resume():
+        reporter.warn("nothing to resume: starting from the first layer")
+    return journal
+
+
+def _journal_folder(output: Path, key: str | None) -> Journal:
+    from efrapq.stream import Journal
+
+    return Journal(output.with_name(f"{output.name}.partial"), key or "")
 
 
 def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...]) -> bytes:

@@ -25,7 +25,9 @@ from efrapq.graph.prepare import prepare
 from efrapq.graph.quantized import QuantizedModel
 from efrapq.progress import Silent
 from efrapq.rounding import Coordinate, Relaxed
-from efrapq.stream import PassSettings, Solved, _Pass
+from efrapq.stream import PassSettings, Solved
+from efrapq.stream.spool import Spool
+from efrapq.stream.walk import Walk
 
 FLOAT_KERNELS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
 
@@ -268,9 +270,10 @@ def _quantize(
     placement = place(model.graph, layers, act_bits, edge_bits)
     settings = PassSettings(bits, edge_bits=edge_bits, solver=solver, rows=rows)
     chunks = [torch.from_numpy(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
-    walk = _Pass(model, layers, placement, chunks, settings)
-    solved = walk.run(Silent())
-    output = torch.cat(walk.quantized_stream[str(model.graph.outputs[0].name)]).numpy()
+    floats, reals = Spool(), Spool()
+    solved = Walk(model, layers, placement, chunks, settings, floats, reals).run(Silent())
+    name = str(model.graph.outputs[0].name)
+    output = torch.cat([reals.get(name, i) for i in range(reals.chunks(name))]).numpy()
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, metadata or {})
     return Quantized(model, layers, placement, solved, quantized, output)
 

@@ -149,7 +149,16 @@ def test_without_batchnorm_and_without_data_it_asks_for_data(net, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "--bits"),
+        ({"bits": 1}, "--bits"),
+        ({"bits": 9}, "--bits"),
+        ({"edge_bits": 0}, "--edge-bits"),
+        ({"scale": "golden"}, "unknown scale"),
+        ({"fidelity": 0.9}, "--fidelity"),
+        ({"fidelity": float("inf")}, "--fidelity"),
+        ({"fidelity": 1.1, "lambda_e": 1e-3}, "--fidelity"),
+        ({"fidelity": 1.1, "solver": "relaxed"}, "--fidelity"),
+        ({"memory": 0}, "--memory"),
+        ({"resume": True}, "--resume"),
         ({"act_bits": 2}, "--act-bits"),
         ({"solver": "magic"}, "unknown solver"),
         ({"lambda_e": float("nan")}, "--lambda-e"),

@@ -321,10 +321,12 @@ def test_public_entry_reports_progress(residual_net: Any, images: Any) -> None:
 
 
 def test_activations_that_nothing_reads_are_dropped(residual_net: Any, images: Any, quantize: Quantize) -> None:
-    from efrapq.stream import _Pass
+    from efrapq.stream.spool import Spool
+    from efrapq.stream.walk import Walk
 
     model = prepare(residual_net())
     layers, _ = find_layers(model.graph)
-    walk = _Pass(model, layers, place(model.graph, layers, 8), [torch.from_numpy(images(4))], PassSettings(4))
-    walk.run(Silent())
-    assert set(walk.float_stream) == set(walk.quantized_stream) == {"logits"}
+    floats, quantized = Spool(), Spool()
+    chunks = [torch.from_numpy(images(4))]
+    Walk(model, layers, place(model.graph, layers, 8), chunks, PassSettings(4), floats, quantized).run(Silent())
+    assert floats.names() == quantized.names() == {"logits"}

@@ -24,9 +24,9 @@ def calibrate(chunks: Sequence[Tensor], bits: int, method: str, name: str = "act
     minmax: all values fit. percentile: 99.99 % on either side. mse: the shrunken min-max range with the least squared
     rounding error over a histogram of 4096 bins. Raises UnsupportedModelError if a value is NaN or infinite.
     """
-    low = min(float(c.min()) for c in chunks)
-    high = max(float(c.max()) for c in chunks)
-    if not (torch.isfinite(torch.tensor([low, high])).all() and all(bool(torch.isfinite(c).all()) for c in chunks)):
+    extremes = torch.stack([torch.stack(c.aminmax()) for c in chunks]).double()  # NaN comes through both
+    low, high = float(extremes[:, 0].min()), float(extremes[:, 1].max())
+    if not bool(torch.isfinite(extremes).all()):
         raise UnsupportedModelError(
             f"activation {name} becomes NaN or infinite on the calibration data; check --mean, --std and the model"
         )

@@ -61,15 +61,18 @@ class Unfold:
         grouped = flat.reshape(n, self.groups, channels // self.groups, count)
         return grouped.permute(1, 0, 3, 2).reshape(self.groups, n * count, -1)
 
-    def input_rows(self, x: Tensor, kernel: tuple[int, int], positions: Tensor | None = None) -> Tensor:
-        """The layer's input → (G, R, D). Only the windows at `positions` are ever gathered."""
+    def input_rows(self, x: Tensor, kernel: tuple[int, int], positions: Tensor | None = None, zero: int = 0) -> Tensor:
+        """The layer's input → (G, R, D). Only the windows at `positions` are ever gathered.
+
+        zero: what x holds for 0, where it holds codes.
+        """
         if self.op_type not in ("Conv", "ConvTranspose"):
             return x.reshape(1, -1, x.shape[-1])
         if self.op_type == "ConvTranspose":
-            x, stride, pads = self._stuffed(x, kernel), (1, 1), (0, 0, 0, 0)
+            x, stride, pads = self._stuffed(x, kernel, zero), (1, 1), (0, 0, 0, 0)
         else:
             stride, pads = self.stride, self.pads
-        windows = _windows(x, kernel, stride, self.dilation, pads)
+        windows = _windows(x, kernel, stride, self.dilation, pads, zero)
         n, channels, height, width = windows.shape[:4]
         if positions is None:
             positions = torch.arange(height * width, device=x.device)
@@ -78,12 +81,12 @@ class Unfold:
         rows = grouped.permute(1, 0, 3, 2, 4, 5)
         return rows.reshape(self.groups, n * len(positions), -1)
 
-    def _stuffed(self, x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    def _stuffed(self, x: Tensor, kernel: tuple[int, int], zero: int) -> Tensor:
         """The input of the equivalent plain convolution: zeros between the pixels and around them."""
         n, channels, height, width = x.shape
         (sh, sw), (dh, dw) = self.stride, self.dilation
         top, left, bottom, right = self.pads
-        stuffed = x.new_zeros(n, channels, (height - 1) * sh + 1, (width - 1) * sw + 1)
+        stuffed = x.new_full((n, channels, (height - 1) * sh + 1, (width - 1) * sw + 1), zero)
         stuffed[:, :, ::sh, ::sw] = x
         reach_h, reach_w = dh * (kernel[0] - 1), dw * (kernel[1] - 1)
         around = (
@@ -92,7 +95,7 @@ class Unfold:
             reach_h - top,
             reach_h - bottom + self.output_padding[0],
         )
-        return F.pad(stuffed, around)
+        return F.pad(stuffed, around, value=zero)
 
 
 def _windows(
@@ -101,11 +104,12 @@ def _windows(
     stride: tuple[int, int],
     dilation: tuple[int, int],
     pads: tuple[int, int, int, int],
+    zero: int,
 ) -> Tensor:
     """A view (N, C, H', W', kh, kw) of all windows: nothing but the padding is copied."""
     top, left, bottom, right = pads
     if any(pads):
-        x = F.pad(x, (left, right, top, bottom))
+        x = F.pad(x, (left, right, top, bottom), value=zero)
     spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
     windows = x.unfold(2, spans[0], stride[0]).unfold(3, spans[1], stride[1])
     return windows[..., :: dilation[0], :: dilation[1]]

@@ -7,69 +7,161 @@ Flipping weight j of row o moves ŵ by d = ±s and changes the objective by
 so one sweep visits the columns in turn and flips, in all rows at once, whatever lowers the objective. R is kept
 exact inside a block of columns by rank-one updates and brought up to date outside it by one matrix product per
 block (the lazy batch of GPTQ, arXiv 2210.17323). Coordinate descent on this quadratic: QuantEase, arXiv 2309.01885.
+The descent starts from a rounding with error feedback (`greedy`), which lies lower than where a descent from
+nearest ends.
 
-Tensors are held transposed, (G, D, O), so that a column of weights is contiguous over the output rows.
+λ_E is given, or found: with `fidelity` it is the largest whose L_A stays within that factor of what λ_E = 0 reaches,
+so that each layer flips as much as its fidelity allows.
+
+Tensors are held transposed, (G, D, O), so that a column of weights is contiguous over the output rows. Rows do not
+see one another: a problem cut into sets of rows has the same solution, put together again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from efrapq.rounding.greedy import factorize, greedy_choice
 from efrapq.rounding.problem import RoundingProblem
 
-__all__ = ["Coordinate", "solve_coordinate"]
+__all__ = ["Coordinate", "solve_coordinate", "solve_within"]
+
+# Where λ_E is looked for with `fidelity`: powers of two around the problem's own unit, halved so often.
+LOWEST, HIGHEST, HALVINGS = -10.0, 6.0, 5
+# Sweeps for a trial of λ_E; the one that is kept is swept to its end.
+TRIAL_SWEEPS = 1
 
 
 @dataclass(frozen=True)
 class Coordinate:
     """Settings. lambda_e: weight of the error term; error: "absolute" (the paper's, in weight units) or "relative"
-    (in steps, independent of the bit width); sweeps: at most so many; tolerance: stop when a sweep flips no more than
-    this share of the weights.
+    (in steps, independent of the bit width); fidelity: factor on L_A, at least 1, by which λ_E is chosen instead;
+    start: greedy, nearest or flipped; sweeps: at most so many; tolerance: stop when a sweep flips no more than this
+    share of the weights.
     """
 
     lambda_e: float = 1e-3
     error: str = "absolute"
+    fidelity: float | None = None
+    start: str = "greedy"
     sweeps: int = 30
-    tolerance: float = 0.0
+    tolerance: float = 1e-3
     block: int = 128
 
 
 def solve_coordinate(problem: RoundingProblem, settings: Coordinate, start: Tensor | None = None) -> Tensor:
-    """The choice h that no single flip improves (unless the sweeps run out). Returns (G, O, D) bool.
+    """The choice h that no single flip improves (unless the sweeps run out), at settings.lambda_e.
 
-    start: (G, O, D) bool, nearest by default. Arithmetic is float32 on the problem's device.
+    start: (G, O, D) bool, by default as the settings say. Returns (G, O, D) bool. Arithmetic is float32 on the
+    problem's device.
     """
-    H = problem.H.float()
-    scale = problem.scale.float()[:, None, :]  # (G, 1, O)
-    # (G, D, O). A copy even where the transposed strides happen to be contiguous (O = 1): it is flipped in place.
-    up = (problem.nearest if start is None else start).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    movable = problem.movable.transpose(1, 2)
-    # What being up costs over being down: the flip target is the side that nearest did not choose.
-    pull = settings.lambda_e * problem.errors(settings.error).transpose(1, 2)
-    pull = torch.where(problem.nearest.transpose(1, 2), pull, -pull)
-    curvature = scale.square() * H.diagonal(dim1=1, dim2=2)[..., None]
-    curvature = torch.where(movable, curvature, torch.inf)
-    budget = settings.tolerance * up.numel()
-    R = _residual(problem, up)
-    for _ in range(settings.sweeps):
-        if _sweep(R, H, scale, up, pull, curvature, settings.block) <= budget:
-            break
+    descent = _Descent(problem, settings)
+    if start is not None:
+        # A copy even where the transposed strides happen to be contiguous (O = 1): it is flipped in place.
+        up = start.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        up, _ = descent.descend(up, settings.lambda_e, settings.sweeps)
+    else:
+        up, _ = descent.descend(descent.first(settings.lambda_e), settings.lambda_e, settings.sweeps)
     return up.transpose(1, 2).contiguous()
 
 
-def _residual(problem: RoundingProblem, up: Tensor) -> Tensor:
-    """R = δ H + g in float64 for up (G, D, O), as (G, D, O) float32."""
-    delta = problem.delta(up.transpose(1, 2))
-    return (delta @ problem.H + problem.cross).float().transpose(1, 2).contiguous()
+def solve_within(problem: RoundingProblem, settings: Coordinate) -> tuple[Tensor, float]:
+    """The choice h, (G, O, D) bool, and the λ_E it was found with: the largest for which L_A stays within
+    settings.fidelity of the optimum for λ_E = 0.
+    """
+    assert settings.fidelity is not None
+    descent = _Descent(problem, settings)
+    best, reached = descent.descend(descent.first(0.0), 0.0, settings.sweeps)
+    limit, found = settings.fidelity * reached, 0.0
+    low, high = LOWEST, HIGHEST
+    unit = descent.unit()
+    for _ in range(HALVINGS if unit > 0 else 0):
+        middle = (low + high) / 2
+        lambda_e = unit * 2.0**middle
+        up, loss = descent.descend(descent.first(lambda_e), lambda_e, TRIAL_SWEEPS)
+        if loss <= limit:
+            best, found, low = up, lambda_e, middle
+        else:
+            high = middle
+    if found > 0:
+        up, loss = descent.descend(best.clone(), found, settings.sweeps)
+        if loss <= limit:
+            best = up
+    return best.transpose(1, 2).contiguous(), found
+
+
+class _Descent:
+    """One problem made ready to be swept, for any λ_E."""
+
+    def __init__(self, problem: RoundingProblem, settings: Coordinate) -> None:
+        self.problem, self.settings = problem, settings
+        self.H = problem.H.float()
+        self.scale = problem.scale.float()[:, None, :]  # (G, 1, O)
+        movable = problem.movable.transpose(1, 2)
+        # What being up costs over being down: the flip target is the side that nearest did not choose.
+        errors = problem.errors(settings.error).transpose(1, 2)
+        self.pull = torch.where(problem.nearest.transpose(1, 2), errors, -errors).contiguous()
+        curvature = self.scale.square() * self.H.diagonal(dim1=1, dim2=2)[..., None]
+        self.curvature = torch.where(movable, curvature, torch.inf)
+        self.nearest = problem.nearest.transpose(1, 2).contiguous()
+        self.nearest_R, self.nearest_loss = self._state(self.nearest)
+        self._factor = None
+        if settings.start == "greedy":
+            self._factor = problem.factor or factorize(problem.H, problem.cross)
+
+    def unit(self) -> float:
+        """The λ_E at which the error term of a typical weight is worth what flipping it alone costs."""
+        counted = torch.isfinite(self.curvature) & (self.pull != 0)
+        if not bool(counted.any()):
+            return 0.0
+        value = float(self.curvature[counted].double().mean() / self.pull[counted].abs().double().mean())
+        return value if math.isfinite(value) else 0.0
+
+    def first(self, lambda_e: float) -> Tensor:
+        """Where the descent starts, (G, D, O) bool."""
+        if self._factor is not None:
+            return greedy_choice(self.problem, self._factor, lambda_e * self.pull)
+        if self.settings.start == "flipped":
+            return self.nearest ^ self.problem.movable.transpose(1, 2)
+        return self.nearest.clone()
+
+    def descend(self, up: Tensor, lambda_e: float, sweeps: int) -> tuple[Tensor, float]:
+        """Sweep `up` in place until a sweep flips next to nothing. Returns it with its L_A.
+
+        Rows that would start above nearest start from nearest, so that none can end above it.
+        """
+        R, loss = self._state(up)
+        pull = lambda_e * self.pull
+        worse = loss + (up * pull).sum(1) > self.nearest_loss + (self.nearest * pull).sum(1)
+        torch.where(worse[:, None], self.nearest, up, out=up)
+        torch.where(worse[:, None], self.nearest_R, R, out=R)
+        budget = self.settings.tolerance * up.numel()
+        for _ in range(sweeps):
+            if _sweep(R, self.H, self.scale, up, pull, self.curvature, self.settings.block) <= budget:
+                break
+        return up, float(self._row_losses(up, R).sum()) + self.problem.error
+
+    def _state(self, up: Tensor) -> tuple[Tensor, Tensor]:
+        """R (G, D, O) float32 and each row's part of L_A (G, O) float64."""
+        delta = self.problem.delta(up.transpose(1, 2)).float()
+        R = (delta @ self.H + self.problem.cross.float()).transpose(1, 2).contiguous()
+        return R, self._row_losses(up, R)
+
+    def _row_losses(self, up: Tensor, R: Tensor) -> Tensor:
+        delta = self.problem.delta(up.transpose(1, 2))
+        return (delta * (R.transpose(1, 2).double() + self.problem.cross)).sum(2)
 
 
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
     inputs = up.shape[1]
     step_up = scale[:, 0]
+    # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
+    sparse = R.device.type == "cpu"
     flips = 0
     for a in range(0, inputs, block):
         b = min(a + block, inputs)
@@ -80,6 +172,8 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
             sign = 1.0 - 2.0 * up[:, a + j].float()  # +1 where the weight would go up
             slope = sign * (2.0 * step_up * inner[:, j] + pull[:, a + j])
             flip = slope < -curvature[:, a + j]
+            if sparse and not bool(flip.any()):
+                continue
             step = torch.where(flip, sign * step_up, 0.0)
             moved[:, j] = step
             up[:, a + j] ^= flip

@@ -66,7 +66,7 @@ def test_the_evidence_says_what_was_done(defended: Path) -> None:
     assert [layer["bits"] for layer in evidence["layers"]] == [8, *[4] * 14, 8]
     for layer in evidence["layers"]:
         assert 0 <= layer["flipped"] <= 100
-        assert 0 <= layer["loss"] <= layer["loss_nearest"]
+        assert 0 <= layer["loss"] <= evidence["settings"]["fidelity"] * layer["loss_nearest"]
         assert 0 < layer["scale_min"] <= layer["scale_max"]
     assert set(evidence["timing"]["layers"]) == {layer["name"] for layer in evidence["layers"]}
     metadata = {p.key: p.value for p in onnx.load(defended).metadata_props}

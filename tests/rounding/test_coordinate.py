@@ -175,14 +175,14 @@ def test_immovable_weights_stay(lambda_e: float) -> None:
 
 def test_zero_sweeps_give_nearest() -> None:
     problem = random_problem(seed=4)
-    assert torch.equal(solve_coordinate(problem, Coordinate(sweeps=0)), problem.nearest)
+    assert torch.equal(solve_coordinate(problem, Coordinate(start="nearest", sweeps=0)), problem.nearest)
 
 
 def test_tolerance_stops_early() -> None:
     problem = random_problem(outputs=8, inputs=60, seed=4)
-    one = solve_coordinate(problem, Coordinate(lambda_e=0, sweeps=1))
-    many = solve_coordinate(problem, Coordinate(lambda_e=0, sweeps=30))
-    assert torch.equal(solve_coordinate(problem, Coordinate(lambda_e=0, tolerance=1.0)), one)
+    one = solve_coordinate(problem, Coordinate(lambda_e=0, start="nearest", sweeps=1))
+    many = solve_coordinate(problem, Coordinate(lambda_e=0, start="nearest", sweeps=30))
+    assert torch.equal(solve_coordinate(problem, Coordinate(lambda_e=0, start="nearest", tolerance=1.0)), one)
     assert quadratic_loss(problem, many) < quadratic_loss(problem, one)
 
 

@@ -1,0 +1,103 @@
+"""What defend() may be asked for: checked once, before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+from efrapq.errors import UsageError
+
+if TYPE_CHECKING:
+    from efrapq.rounding import Coordinate, Relaxed
+
+__all__ = ["act_range_for", "available_memory", "check_options", "memory_limit", "solver_settings"]
+
+SOLVERS = ("coordinate", "relaxed", "nearest")
+RANGES = ("auto", "minmax", "percentile", "mse")
+SCALES = ("minmax", "mse", "refit")
+# The paper's weight of the error term, for its solver.
+RELAXED_LAMBDA_E = 1.0
+# What `coordinate` does where the user says neither --lambda-e nor --fidelity: measured, docs/SOLVER.md.
+FIDELITY = 1.1
+
+
+def check_options(
+    *,
+    bits: int,
+    act_bits: int,
+    edge_bits: int,
+    solver: str,
+    error: str,
+    act_range: str,
+    scale: str,
+    calib_size: int,
+    seed: int,
+) -> None:
+    """Raise UsageError for what makes no sense whatever the model is."""
+    if not (2 <= bits <= 8 and 2 <= edge_bits <= 8):
+        raise UsageError("--bits and --edge-bits must be 2 to 8")
+    if act_bits not in (4, 8, 32):
+        raise UsageError("--act-bits must be 8, 4, or 32 for float activations")
+    if solver not in SOLVERS:
+        raise UsageError(f"unknown solver '{solver}'; known: {', '.join(SOLVERS)}")
+    if error not in ("absolute", "relative"):
+        raise UsageError("--error must be absolute or relative")
+    if act_range not in RANGES:
+        raise UsageError(f"unknown activation range '{act_range}'; known: {', '.join(RANGES)}")
+    if scale not in SCALES:
+        raise UsageError(f"unknown scale '{scale}'; known: {', '.join(SCALES)}")
+    if calib_size < 1:
+        raise UsageError("--calib-size must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError("--seed must be between 0 and 2^63 - 1")
+
+
+def act_range_for(act_range: str, act_bits: int) -> str:
+    """Min-max keeps every value and costs nothing at 8 bits; at 4 bits the tails are not worth their levels."""
+    return ("minmax" if act_bits >= 8 else "mse") if act_range == "auto" else act_range
+
+
+def solver_settings(
+    solver: str, lambda_e: float | None, fidelity: float | None, error: str, steps: int
+) -> Coordinate | Relaxed | None:
+    """The solver that was asked for; None rounds to nearest. Raises UsageError for weights that are none."""
+    from efrapq.rounding import Coordinate, Relaxed
+
+    if lambda_e is not None and not (math.isfinite(lambda_e) and lambda_e >= 0):
+        raise UsageError("--lambda-e must be zero or a positive number")
+    if fidelity is not None and not (math.isfinite(fidelity) and fidelity >= 1):
+        raise UsageError("--fidelity must be 1 or more: the factor by which L_A may exceed its optimum")
+    if fidelity is not None and lambda_e is not None:
+        raise UsageError("--fidelity chooses lambda_E itself: give one of --fidelity and --lambda-e")
+    if fidelity is not None and solver != "coordinate":
+        raise UsageError("--fidelity needs --solver coordinate")
+    if solver == "coordinate":
+        if lambda_e is not None:
+            return Coordinate(lambda_e=lambda_e, error=error)
+        return Coordinate(fidelity=FIDELITY if fidelity is None else fidelity, error=error)
+    if solver == "relaxed":
+        return Relaxed(lambda_e=RELAXED_LAMBDA_E if lambda_e is None else lambda_e, error=error, steps=steps)
+    return None
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes free on the device, None where the system does not say."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def memory_limit(memory: int | None, device: str) -> int | None:
+    """Bytes for either stream of activations: half of what the user allows, or a quarter of what is free."""
+    if memory is not None:
+        if memory < 1:
+            raise UsageError("--memory must be a positive number of bytes")
+        return memory // 2
+    free = available_memory(device)
+    return None if free is None else free // 4

@@ -1,0 +1,105 @@
+"""What a pass has solved so far, on the disk, so that it can go on after it was stopped.
+
+One file a layer, each written whole or not at all, in a folder beside the output; a key over everything that decides
+the codes keeps the layers of one run out of another. The streams are computed again on resuming, which is cheap: the
+solving is what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from efrapq.errors import OutputError, UsageError
+from efrapq.graph.quantized import QuantizedWeight
+from efrapq.io import printable, write_atomic
+from efrapq.stream.settings import LayerReport
+
+__all__ = ["Journal"]
+
+KEY = "key.json"
+
+
+class Journal:
+    """folder: where the layers go; made when the first one is solved. key: of this run."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.resumed = 0
+
+    def resume(self) -> bool:
+        """Whether there is a run to continue. Raises UsageError if what lies there is of another run."""
+        recorded = self._recorded()
+        if recorded is None:
+            return False
+        if recorded != self.key:
+            raise UsageError(
+                f"{printable(str(self.folder))}: was begun with another model, other data, settings or versions; "
+                "leave out --resume to start again"
+            )
+        return True
+
+    def restart(self) -> None:
+        """Forget what lies there. Raises OutputError if the folder is not a journal."""
+        if self.folder.exists():
+            if self._recorded() is None:
+                raise OutputError(f"{printable(str(self.folder))}: is in the way; move it or choose another output")
+            self.discard()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> tuple[QuantizedWeight, LayerReport] | None:
+        """A layer solved earlier; None if it was not, or if its file does not fit."""
+        path = self._path(name)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                codes, scale, about = file["codes"], file["scale"], json.loads(bytes(file["about"]))
+            report = LayerReport(**about["report"] | {"shape": tuple(about["report"]["shape"])})
+            weight = QuantizedWeight(codes, scale, int(about["axis"]), report.bits)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+            raise UsageError(f"{printable(str(path))}: is damaged; leave out --resume to start again") from exc
+        fits = report.name == name and codes.shape == shape == report.shape and codes.dtype == np.int8
+        if not fits or scale.dtype != np.float32 or scale.shape != (shape[weight.axis],):
+            raise UsageError(f"{printable(str(path))}: is of another layer; leave out --resume to start again")
+        self.resumed += 1
+        return weight, report
+
+    def put(self, name: str, weight: QuantizedWeight, report: LayerReport) -> None:
+        """Keep a solved layer."""
+        if not self.folder.is_dir():
+            try:
+                self.folder.mkdir()
+            except OSError as exc:
+                raise OutputError(f"{printable(str(self.folder))}: cannot be made ({exc.strerror})") from exc
+            write_atomic(self.folder / KEY, json.dumps({"efrapq": "journal/1", "key": self.key}).encode())
+        about = json.dumps({"axis": weight.axis, "report": asdict(report)}).encode()
+        buffer = io.BytesIO()
+        np.savez(buffer, codes=weight.codes, scale=weight.scale, about=np.frombuffer(about, np.uint8))
+        write_atomic(self._path(name), buffer.getvalue())
+
+    def discard(self) -> None:
+        """Remove the journal's files, and the folder if nothing else lies in it."""
+        if not self.folder.is_dir():
+            return
+        for path in [*self.folder.glob("*.npz"), self.folder / KEY]:
+            path.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _path(self, name: str) -> Path:
+
+        # Names come out of the model: anything but a file name.
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+
+    def _recorded(self) -> str | None:
+        try:
+            found = json.loads((self.folder / KEY).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return str(found.get("key")) if isinstance(found, dict) and found.get("efrapq") == "journal/1" else None

@@ -1,0 +1,48 @@
+"""What the streaming pass is told, and what it says about each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from efrapq.rounding import Coordinate, Relaxed
+
+__all__ = ["LayerReport", "PassSettings"]
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """bits: weight bits, 2 to 8; edge_bits: of the first and the last layer. act_range: how activation ranges are
+    chosen; scale: how weight scales are: minmax, mse or refit. rows: H is accumulated over at most rows·D rows.
+    solver: settings of one, or None for rounding to nearest. memory: bytes of activations kept in memory, the rest
+    goes to temporary files; None keeps all.
+    """
+
+    bits: int
+    edge_bits: int = 8
+    act_range: str = "minmax"
+    scale: str = "minmax"
+    rows: int = 32
+    solver: Coordinate | Relaxed | None = field(default_factory=Coordinate)
+    seed: int = 0
+    device: str = "cpu"
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer. L_A before: of rounding to nearest on the same grid; after: of the solution.
+    lambda_e: the error term's weight, given or found.
+    """
+
+    name: str
+    op_type: str
+    bits: int
+    shape: tuple[int, ...]
+    scale_min: float
+    scale_max: float
+    flipped: float
+    lambda_e: float
+    loss_nearest: float
+    loss: float
+    rows: int
+    seconds: float

@@ -1,0 +1,110 @@
+"""Activations by name and chunk: in memory up to a limit, in temporary files past it.
+
+A file holds exactly what memory would have, so the limit decides where the numbers lie and never what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Spool"]
+
+
+class _Filed:
+    """A tensor in a file of its own."""
+
+    def __init__(self, path: Path, tensor: Tensor) -> None:
+        self.path, self.shape, self.dtype, self.device = path, tensor.shape, tensor.dtype, tensor.device
+        tensor.cpu().contiguous().numpy().tofile(path)
+
+    def read(self) -> Tensor:
+        numpy_type = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return torch.from_numpy(np.fromfile(self.path, numpy_type)).view(self.shape).to(self.device)
+
+
+class Spool:
+    """Lists of tensors under names. A context manager: what it put on the disk goes when it is left.
+
+    limit: bytes kept in memory, None for no limit. What comes in past it goes to a file: the pass reads all chunks
+    of a value in order, again and again, and then the first ones are worth more than the last.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.held = 0
+        self.filed = 0
+        self._values: dict[str, list[Tensor | _Filed | None]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._values.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def names(self) -> set[str]:
+        """The names under which anything is kept."""
+        return set(self._values)
+
+    def chunks(self, name: str) -> int:
+        """How many tensors there are under a name."""
+        return len(self._values.get(name, ()))
+
+    def get(self, name: str, chunk: int) -> Tensor:
+        """One tensor, as it was put in."""
+        found = self._values[name][chunk]
+        if found is None:
+            raise KeyError(f"chunk {chunk} of {name} is gone")
+        return found.read() if isinstance(found, _Filed) else found
+
+    def start(self, name: str) -> None:
+        """Begin an empty list under a name, in place of what was there."""
+        self.drop(name)
+        self._values[name] = []
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Add the next chunk."""
+        self._values[name].append(self._placed(tensor))
+
+    def release(self, name: str, chunk: int) -> None:
+        """Forget one chunk, keeping the places of the others."""
+        self._forget(self._values[name][chunk])
+        self._values[name][chunk] = None
+
+    def drop(self, name: str) -> None:
+        """Forget a name and all its chunks."""
+        for held in self._values.pop(name, []):
+            self._forget(held)
+
+    def _placed(self, tensor: Tensor) -> Tensor | _Filed:
+        size = tensor.numel() * tensor.element_size()
+        if self.limit is None or self.held + size <= self.limit:
+            self.held += size
+            return tensor
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="efrapq-")
+        self._count += 1
+        self.filed += size
+        return _Filed(Path(self._folder.name) / str(self._count), tensor)
+
+    def _forget(self, held: Tensor | _Filed | None) -> None:
+        if isinstance(held, _Filed):
+            with contextlib.suppress(FileNotFoundError):
+                held.path.unlink()
+        elif held is not None:
+            self.held -= held.numel() * held.element_size()

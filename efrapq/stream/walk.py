@@ -1,0 +1,312 @@
+"""The streaming pass: one walk over the graph with two streams of activations, float and quantized so far.
+
+At each weight layer the streams give H and g, the solver gives codes, and the layer's quantized output continues the
+quantized stream. Nothing is run twice and what no later node reads is dropped chunk by chunk, so the cost is linear
+in depth and the memory is the frontier plus one H; past a limit the frontier goes to disk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from efrapq.calibration.ranges import calibrate
+from efrapq.device import exact_convolutions
+from efrapq.graph.executor import Executor
+from efrapq.graph.layers import Layer, bias_array, weight_array
+from efrapq.graph.placement import Placement, activation_after
+from efrapq.graph.quantized import QuantizedWeight
+from efrapq.grid import ActivationGrid
+from efrapq.progress import Reporter, Task
+from efrapq.rounding import Relaxed, RoundingProblem
+from efrapq.stream.journal import Journal
+from efrapq.stream.layer import LayerWork
+from efrapq.stream.relaxed_layer import solve_layer
+from efrapq.stream.settings import LayerReport, PassSettings
+from efrapq.stream.spool import Spool
+
+__all__ = ["Solved", "Walk", "streaming_pass"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
+    of activations that went through temporary files.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    activations: dict[str, ActivationGrid]
+    reports: list[LayerReport]
+    fallback: tuple[str, ...]
+    filed: int = 0
+
+
+def streaming_pass(
+    model: ir.Model,
+    layers: list[Layer],
+    placement: Placement,
+    inputs: list[Tensor],
+    settings: PassSettings,
+    reporter: Reporter,
+    journal: Journal | None = None,
+) -> Solved:
+    """Solve every layer over the calibration inputs, given in chunks (n, …) float32 on the CPU.
+
+    journal: keeps each layer when it is solved, and gives back those solved before.
+    """
+    with exact_convolutions(), Spool(settings.memory) as floats, Spool(settings.memory) as quantized:
+        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal).run(reporter)
+
+
+class _Steps:
+    """Progress inside one layer, for solvers that take long over it."""
+
+    EVERY = 50
+
+    def __init__(self, task: Task, name: str, work: float) -> None:
+        self._task, self._name, self._left = task, name, work
+        self._work = work
+
+    def reached(self, step: int, steps: int) -> None:
+        if step % self.EVERY == self.EVERY - 1:
+            part = self._work * self.EVERY / (steps + self.EVERY)
+            self._left -= part
+            self._task.advance(f"{self._name}: step {step + 1} of {steps}", part)
+
+    def finish(self, note: str) -> None:
+        self._task.advance(note, self._left)
+
+
+class _Chunks(Sequence[Tensor]):
+    """The chunks of one spooled value, read when they are asked for."""
+
+    def __init__(self, spool: Spool, name: str) -> None:
+        self._spool, self._name = spool, name
+
+    def __len__(self) -> int:
+        return self._spool.chunks(self._name)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._spool.get(self._name, index)
+
+
+class Walk:
+    """One pass over one graph. floats, quantized: the two streams by value name; a value on a grid is kept in the
+    quantized stream as uint8 codes.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        layers: list[Layer],
+        placement: Placement,
+        inputs: list[Tensor],
+        settings: PassSettings,
+        floats: Spool,
+        quantized: Spool,
+        journal: Journal | None = None,
+    ) -> None:
+        self.settings = settings
+        self.placement = placement
+        self.device = torch.device(settings.device)
+        self.executor = Executor(model, device=self.device)
+        self.graph = model.graph
+        self.layers = {layer.node_name: layer for layer in layers}
+        self.edges = {layers[0].node_name, layers[-1].node_name}
+        self.chunks = len(inputs)
+        self.samples = sum(len(c) for c in inputs)
+        self.floats, self.quantized = floats, quantized
+        self.journal = journal
+        self.grids: dict[str, ActivationGrid] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.reports: list[LayerReport] = []
+        self.readers = Counter(str(v.name) for node in self.graph for v in node.inputs if v is not None)
+        name = str(model.graph.inputs[0].name)
+        floats.start(name)
+        for given in inputs:
+            floats.append(name, given.to(self.device))
+        self._choose_grid(name)
+        quantized.start(name)
+        for chunk in range(self.chunks):
+            self._keep(name, floats.get(name, chunk))
+
+    def run(self, reporter: Reporter) -> Solved:
+        """Walk to the end."""
+        work = {name: float(weight_array(self.graph, layer).size) for name, layer in self.layers.items()}
+        with reporter.task("rounding", sum(work.values())) as task, torch.no_grad():
+            for node in self.graph:
+                layer = self.layers.get(str(node.name))
+                if layer is None:
+                    self._plain(node)
+                else:
+                    steps = _Steps(task, layer.name, work[layer.node_name])
+                    report = self._weighted(layer, steps)
+                    self.reports.append(report)
+                    steps.finish(f"{layer.name}: {report.flipped:.1f} % flipped")
+                self._drop(node)
+        filed = self.floats.filed + self.quantized.filed
+        return Solved(self.weights, self.grids, self.reports, self.executor.fallback_nodes, filed)
+
+    # The two streams.
+
+    def _read(self, stream: Spool, value: ir.Value | None, chunk: int) -> Tensor | None:
+        """A node's input in one stream, as reals."""
+        if value is None:
+            return None
+        name = str(value.name)
+        if name in self.executor.constants:
+            return self.executor.constants[name]
+        stored = stream.get(name, chunk)
+        if stream is self.quantized and name in self.grids:
+            return self.grids[name].dequantize(stored)
+        return stored
+
+    def _keep(self, name: str, real: Tensor) -> None:
+        """Add a chunk to the quantized stream, on the value's grid if it has one."""
+        grid = self.grids.get(name)
+        self.quantized.append(name, real if grid is None else grid.quantize(real))
+
+    def _release(self, stream: Spool, node: ir.Node, chunk: int) -> None:
+        """Forget a chunk of the inputs that only this node still reads."""
+        for name, times in Counter(str(v.name) for v in node.inputs if v is not None).items():
+            if name in stream and self.readers[name] == times and not self._is_output(name):
+                stream.release(name, chunk)
+
+    def _is_output(self, name: str) -> bool:
+        return any(str(value.name) == name for value in self.graph.outputs)
+
+    def _plain(self, node: ir.Node) -> None:
+        """A node without a weight of its own: run it on both streams."""
+        names = [str(o.name) for o in node.outputs]
+
+        def run(stream: Spool, keep: Callable[[str, Tensor], None]) -> None:
+            for name in names:
+                stream.start(name)
+            for chunk in range(self.chunks):
+                results = self.executor.run_node(node, [self._read(stream, v, chunk) for v in node.inputs])
+                for name, result in zip(names, results, strict=False):
+                    keep(name, result)
+                self._release(stream, node, chunk)
+
+        run(self.floats, self.floats.append)
+        for name in names:
+            if self.floats.chunks(name):
+                self._choose_grid(name)
+        run(self.quantized, self._keep)
+
+    def _choose_grid(self, name: str) -> None:
+        """Choose the value's grid from the float stream, if it is placed on one."""
+        if name in self.placement.grids:
+            bits = self.placement.grids[name]
+            self.grids[name] = calibrate(_Chunks(self.floats, name), bits, self.settings.act_range, name)
+        elif name in self.placement.same:
+            self.grids[name] = self.grids[self.placement.same[name]]
+
+    def _drop(self, node: ir.Node) -> None:
+        for value in node.inputs:
+            if value is None:
+                continue
+            name = str(value.name)
+            self.readers[name] -= 1
+            if self.readers[name] <= 0 and not value.is_graph_output():
+                self.floats.drop(name)
+                self.quantized.drop(name)
+
+    # One weight layer.
+
+    def _weighted(self, layer: Layer, steps: _Steps) -> LayerReport:
+        bits = self.settings.edge_bits if layer.node_name in self.edges else self.settings.bits
+        weight = torch.from_numpy(weight_array(self.graph, layer).copy()).to(self.device)
+        bias_np = bias_array(self.graph, layer)
+        bias = None if bias_np is None else torch.from_numpy(bias_np.copy()).to(self.device)
+        known = self.journal.get(layer.name, tuple(weight.shape)) if self.journal is not None else None
+        work = None
+        if known is None:
+            grid = self.grids.get(layer.input)
+            work = LayerWork(layer, weight, bias, bits, self.settings, self.samples, grid)
+
+        self.floats.start(layer.output)
+        for chunk in range(self.chunks):
+            x = self._read(self.floats, layer.node.inputs[0], chunk)
+            assert x is not None
+            y = self._run(layer, x, weight, bias)
+            self._release(self.floats, layer.node, chunk)
+            self.floats.append(layer.output, y)
+            if work is not None:
+                work.add(self.quantized.get(layer.input, chunk), y)
+
+        if work is not None:
+            known = work.solve(lambda problem, settings: self._relaxed(layer, problem, weight, bias, settings, steps))
+            if self.journal is not None:
+                self.journal.put(layer.name, *known)
+        assert known is not None
+        solved, report = known
+        self.weights[layer.name] = solved
+
+        real = torch.from_numpy(solved.dequantized()).to(self.device)
+        bias_hat = self._bias_on_grid(layer, bias, torch.from_numpy(solved.scale).to(self.device))
+        self._choose_grid(layer.output)
+        self.quantized.start(layer.output)
+        for chunk in range(self.chunks):
+            x_hat = self._read(self.quantized, layer.node.inputs[0], chunk)
+            assert x_hat is not None
+            self._release(self.quantized, layer.node, chunk)
+            self._keep(layer.output, self._run(layer, x_hat, real, bias_hat))
+        return report
+
+    def _run(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        inputs: list[Tensor | None] = [x, weight]
+        if len(layer.node.inputs) > 2:
+            inputs.append(bias)
+        return self.executor.run_node(layer.node, inputs)[0]
+
+    def _bias_on_grid(self, layer: Layer, bias: Tensor | None, scale: Tensor) -> Tensor | None:
+        if bias is None or layer.input not in self.grids or not layer.integer:
+            return bias
+        step = scale * self.grids[layer.input].scale
+        return (bias / step).round() * step
+
+    def _relaxed(
+        self,
+        layer: Layer,
+        problem: RoundingProblem,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: Relaxed,
+        steps: _Steps,
+    ) -> Tensor:
+        """Run the paper's solver with all of the layer's inputs and outputs at hand."""
+        node = activation_after(layer.node.outputs[0])
+
+        def after(y: Tensor) -> Tensor:
+            if node is None:
+                return y
+            constants = [None if v is None else self.executor.constants.get(str(v.name)) for v in node.inputs[1:]]
+            return self.executor.run_node(node, [y, *constants])[0]
+
+        value = str((node or layer.node).outputs[0].name)
+        targets = [after(y) for y in _Chunks(self.floats, layer.output)]
+        grid = None
+        if value in self.placement.grids:
+            grid = calibrate(targets, self.placement.grids[value], self.settings.act_range, value)
+        inputs = [self._read(self.quantized, layer.node.inputs[0], chunk) for chunk in range(self.chunks)]
+        return solve_layer(
+            layer,
+            problem,
+            tuple(weight.shape),
+            run=lambda x, w: self._run(layer, x, w, bias),
+            after=after,
+            output_grid=grid,
+            x_hat=torch.cat([x for x in inputs if x is not None]),
+            target=torch.cat(targets),
+            settings=settings,
+            seed=self.settings.seed,
+            on_step=lambda step: steps.reached(step, settings.steps),
+        )
