@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
-from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
+from efrapq.errors import InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
@@ -327,7 +327,7 @@ def _solve(
             f"out of memory on {settings.device}: use a smaller --memory or --calib-size"
             + (", or --device cpu" if settings.device != "cpu" else "")
         ) from exc
-    except EfrapqError:
+    except InputError:
         if journal is not None:
             journal.discard()  # the same error would end the same run again
         raise

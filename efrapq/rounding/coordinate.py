@@ -27,29 +27,29 @@ from torch import Tensor
 
 from efrapq.rounding.greedy import factorize, greedy_choice
 from efrapq.rounding.problem import RoundingProblem
+from efrapq.rounding.threads import one_thread
 
 __all__ = ["Coordinate", "solve_coordinate", "solve_within"]
 
 # Where λ_E is looked for with `fidelity`: powers of two around the problem's own unit, halved so often.
 LOWEST, HIGHEST, HALVINGS = -10.0, 6.0, 5
-# Sweeps for a trial of λ_E; the one that is kept is swept to its end.
-TRIAL_SWEEPS = 1
+# Columns between two products inside a block.
+PANEL = 16
 
 
 @dataclass(frozen=True)
 class Coordinate:
     """Settings. lambda_e: weight of the error term; error: "absolute" (the paper's, in weight units) or "relative"
     (in steps, independent of the bit width); fidelity: factor on L_A, at least 1, by which λ_E is chosen instead;
-    start: greedy, nearest or flipped; sweeps: at most so many; tolerance: stop when a sweep flips no more than this
-    share of the weights.
+    start: greedy, nearest or flipped; sweeps: at most so many, fewer where nothing flips any more. (A number and not a
+    share of flips: what happens in one row must not decide about another.)
     """
 
     lambda_e: float = 1e-3
     error: str = "absolute"
     fidelity: float | None = None
     start: str = "greedy"
-    sweeps: int = 30
-    tolerance: float = 1e-3
+    sweeps: int = 3
     block: int = 128
 
 
@@ -82,12 +82,13 @@ def solve_within(problem: RoundingProblem, settings: Coordinate) -> tuple[Tensor
     for _ in range(HALVINGS if unit > 0 else 0):
         middle = (low + high) / 2
         lambda_e = unit * 2.0**middle
-        up, loss = descent.descend(descent.first(lambda_e), lambda_e, TRIAL_SWEEPS)
+        up, loss = descent.trial(lambda_e)
         if loss <= limit:
             best, found, low = up, lambda_e, middle
         else:
             high = middle
     if found > 0:
+        # The sweeps trade L_A against the error term as well: what they give counts only within the limit.
         up, loss = descent.descend(best.clone(), found, settings.sweeps)
         if loss <= limit:
             best = up
@@ -124,13 +125,20 @@ class _Descent:
     def first(self, lambda_e: float) -> Tensor:
         """Where the descent starts, (G, D, O) bool."""
         if self._factor is not None:
-            return greedy_choice(self.problem, self._factor, lambda_e * self.pull)
+            return greedy_choice(self.problem, self._factor, lambda_e * self.pull)[0]
         if self.settings.start == "flipped":
             return self.nearest ^ self.problem.movable.transpose(1, 2)
         return self.nearest.clone()
 
+    def trial(self, lambda_e: float) -> tuple[Tensor, float]:
+        """A quick choice for λ_E, and its L_A: the greedy one as it is, one sweep from any other start."""
+        if self._factor is None:
+            return self.descend(self.first(lambda_e), lambda_e, 1)
+        up, losses = greedy_choice(self.problem, self._factor, lambda_e * self.pull)
+        return up, float(losses.sum()) + self.problem.error
+
     def descend(self, up: Tensor, lambda_e: float, sweeps: int) -> tuple[Tensor, float]:
-        """Sweep `up` in place until a sweep flips next to nothing. Returns it with its L_A.
+        """Sweep `up` in place, until a sweep flips nothing or they run out. Returns it with its L_A.
 
         Rows that would start above nearest start from nearest, so that none can end above it.
         """
@@ -139,9 +147,8 @@ class _Descent:
         worse = loss + (up * pull).sum(1) > self.nearest_loss + (self.nearest * pull).sum(1)
         torch.where(worse[:, None], self.nearest, up, out=up)
         torch.where(worse[:, None], self.nearest_R, R, out=R)
-        budget = self.settings.tolerance * up.numel()
         for _ in range(sweeps):
-            if _sweep(R, self.H, self.scale, up, pull, self.curvature, self.settings.block) <= budget:
+            if _sweep(R, self.H, self.scale, up, pull, self.curvature, self.settings.block) == 0:
                 break
         return up, float(self._row_losses(up, R).sum()) + self.problem.error
 
@@ -159,28 +166,44 @@ class _Descent:
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
     inputs = up.shape[1]
-    step_up = scale[:, 0]
-    # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
-    sparse = R.device.type == "cpu"
     flips = 0
     for a in range(0, inputs, block):
         b = min(a + block, inputs)
-        inner = R[:, a:b].clone()
-        h_block = H[:, a:b, a:b].contiguous()
-        moved = torch.zeros_like(inner)
-        for j in range(b - a):
-            sign = 1.0 - 2.0 * up[:, a + j].float()  # +1 where the weight would go up
-            slope = sign * (2.0 * step_up * inner[:, j] + pull[:, a + j])
-            flip = slope < -curvature[:, a + j]
-            if sparse and not bool(flip.any()):
-                continue
-            step = torch.where(flip, sign * step_up, 0.0)
-            moved[:, j] = step
-            up[:, a + j] ^= flip
-            if j + 1 < b - a:
-                inner[:, j + 1 :] += h_block[:, j + 1 :, j, None] * step[:, None, :]
-        count = int(torch.count_nonzero(moved))
+        sign = 1.0 - 2.0 * up[:, a:b].float()  # +1 where the weight would go up; each is looked at once
+        inner, within = R[:, a:b].clone(), H[:, a:b, a:b].contiguous()
+        with one_thread(R.device):
+            moved = _sweep_block(inner, within, 2 * scale, sign, sign * scale, pull[:, a:b], curvature[:, a:b])
+        flipped = moved != 0
+        count = int(torch.count_nonzero(flipped))
         if count:
+            up[:, a:b] ^= flipped
             R += H[:, :, a:b] @ moved
         flips += count
     return flips
+
+
+def _sweep_block(
+    inner: Tensor, H: Tensor, slope: Tensor, sign: Tensor, step: Tensor, pull: Tensor, curvature: Tensor
+) -> Tensor:
+    """The steps taken in one block of columns, (G, B, O); `inner` is its part of R and is used up.
+
+    Once more in panels: the rank-one updates stay small enough for one core's cache, and the rest is a product.
+    """
+    # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
+    sparse = inner.device.type == "cpu"
+    moved = torch.zeros_like(inner)
+    size = inner.shape[1]
+    resist = -curvature
+    for a in range(0, size, PANEL):
+        b = min(a + PANEL, size)
+        for j in range(a, b):
+            gain = torch.addcmul(pull[:, j], slope[:, 0], inner[:, j]).mul_(sign[:, j])
+            flip = gain < resist[:, j]
+            if sparse and not bool(flip.any()):
+                continue
+            taken = torch.mul(flip, step[:, j], out=moved[:, j])
+            if j + 1 < b:
+                inner[:, j + 1 : b].addcmul_(H[:, j + 1 : b, j, None], taken[:, None])
+        if b < size:
+            inner[:, b:].baddbmm_(H[:, b:, a:b], moved[:, a:b])
+    return moved

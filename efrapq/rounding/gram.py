@@ -12,12 +12,12 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["exact_integers", "gram_", "gram_codes_", "mirrored"]
+__all__ = ["MOST_ROWS", "exact_integers", "gram_", "gram_codes_", "mirrored"]
 
 # Columns a panel: products below the diagonal panels are never computed.
 PANEL = 512
-# 2^31 / 128²: so many products of two signed bytes fit the int32 that adds them up.
-MOST_ROWS = 1 << 17
+# So many products of two signed bytes, 128² at most, fit the int32 that adds them up.
+MOST_ROWS = (2**31 - 1) // 128**2
 
 
 @functools.cache
@@ -47,8 +47,14 @@ def gram_codes_(total: Tensor, codes: Tensor, zero_point: int) -> None:
     size = codes.shape[1]
     for a in range(0, size, PANEL):
         b = min(a + PANEL, size)
-        total[a:b, a:] += torch._int_mm(signed[:, a:b].t().contiguous(), signed[:, a:].contiguous())
+        total[a:b, a:] += torch._int_mm(_dense(signed[:, a:b].t()), _dense(signed[:, a:]))
         total[a:b, a:] += shift * (sums[a:b, None] + sums[a:]) + float(len(codes) * shift * shift)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Rows one after another, and strides that say so: the product believes even the stride of a dimension of one
+    (pytorch/pytorch#195066), which `contiguous` leaves as it is."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def mirrored(total: Tensor) -> Tensor:

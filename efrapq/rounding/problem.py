@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from efrapq.grid import ActivationGrid, WeightGrid, grid_position
-from efrapq.rounding.gram import gram_, gram_codes_, mirrored
+from efrapq.rounding.gram import MOST_ROWS, gram_, gram_codes_, mirrored
 from efrapq.rounding.greedy import Factor
 
 __all__ = ["Moments", "RoundingProblem", "make_problem", "quadratic_loss", "row_losses"]
@@ -54,7 +54,8 @@ class Moments:
         if self._code_scale != grid.scale and self.rows:
             raise ValueError("rows of codes and of reals, or of two grids, do not go into one sum")
         self._code_scale = grid.scale
-        gram_codes_(self._h[0], codes[0], grid.zero_point)
+        for rows in codes[0].split(MOST_ROWS):
+            gram_codes_(self._h[0], rows, grid.zero_point)
         self._add_rest(grid.dequantize(codes), y)
 
     def _add_rest(self, x_hat: Tensor, y: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,9 @@ from efrapq.stream.settings import LayerReport
 __all__ = ["Journal"]
 
 KEY = "key.json"
+# What `write_atomic` leaves behind when the process is killed in it.
+TEMPORARY = re.compile(r"\.efrapq-[0-9a-f]{16}\.tmp")
+OURS = re.compile(rf"[0-9a-f]{{16}}\.npz|{re.escape(KEY)}|{TEMPORARY.pattern}")
 
 
 class Journal:
@@ -34,9 +38,11 @@ class Journal:
         self.resumed = 0
 
     def resume(self) -> bool:
-        """Whether there is a run to continue. Raises UsageError if what lies there is of another run."""
+        """Whether there is a run to continue. Raises UsageError if what lies there is of another run, OutputError if
+        it is not a journal."""
         recorded = self._recorded()
         if recorded is None:
+            self.restart()
             return False
         if recorded != self.key:
             raise UsageError(
@@ -48,7 +54,7 @@ class Journal:
     def restart(self) -> None:
         """Forget what lies there. Raises OutputError if the folder is not a journal."""
         if self.folder.exists():
-            if self._recorded() is None:
+            if self._recorded() is None and not self._unbegun():
                 raise OutputError(f"{printable(str(self.folder))}: is in the way; move it or choose another output")
             self.discard()
 
@@ -56,25 +62,27 @@ class Journal:
         """A layer solved earlier; None if it was not, or if its file does not fit."""
         path = self._path(name)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # From memory: np.load leaves a file that it cannot read open.
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 codes, scale, about = file["codes"], file["scale"], json.loads(bytes(file["about"]))
             report = LayerReport(**about["report"] | {"shape": tuple(about["report"]["shape"])})
             weight = QuantizedWeight(codes, scale, int(about["axis"]), report.bits)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as exc:
             raise UsageError(f"{printable(str(path))}: is damaged; leave out --resume to start again") from exc
         fits = report.name == name and codes.shape == shape == report.shape and codes.dtype == np.int8
-        if not fits or scale.dtype != np.float32 or scale.shape != (shape[weight.axis],):
+        channels = shape[weight.axis : weight.axis + 1]
+        if not fits or scale.dtype != np.float32 or scale.shape != channels or not channels:
             raise UsageError(f"{printable(str(path))}: is of another layer; leave out --resume to start again")
         self.resumed += 1
         return weight, report
 
     def put(self, name: str, weight: QuantizedWeight, report: LayerReport) -> None:
         """Keep a solved layer."""
-        if not self.folder.is_dir():
+        if self._recorded() is None:
             try:
-                self.folder.mkdir()
+                self.folder.mkdir(exist_ok=True)
             except OSError as exc:
                 raise OutputError(f"{printable(str(self.folder))}: cannot be made ({exc.strerror})") from exc
             write_atomic(self.folder / KEY, json.dumps({"efrapq": "journal/1", "key": self.key}).encode())
@@ -87,13 +95,18 @@ class Journal:
         """Remove the journal's files, and the folder if nothing else lies in it."""
         if not self.folder.is_dir():
             return
-        for path in [*self.folder.glob("*.npz"), self.folder / KEY]:
-            path.unlink(missing_ok=True)
+        # The key last: a folder that has it can be discarded again.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == KEY):
+            if OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _path(self, name: str) -> Path:
+    def _unbegun(self) -> bool:
+        """Whether a run was stopped here before it had written even the key."""
+        return self.folder.is_dir() and all(TEMPORARY.fullmatch(path.name) for path in self.folder.iterdir())
 
+    def _path(self, name: str) -> Path:
         # Names come out of the model: anything but a file name.
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
 

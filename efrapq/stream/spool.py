@@ -1,6 +1,8 @@
 """Activations by name and chunk: in memory up to a limit, in temporary files past it.
 
-A file holds exactly what memory would have, so the limit decides where the numbers lie and never what they are.
+A file holds exactly what memory would have, so the limit decides where the numbers lie and never what they are. Nor
+what comes of them: strides and alignment can decide in which order a product is summed, so all tensors are kept the
+way that one out of a file lies.
 """
 
 from __future__ import annotations
@@ -10,23 +12,39 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from efrapq.errors import OutputError
+from efrapq.io.text import printable
+
 __all__ = ["Spool"]
+
+# Bytes: what torch allocates on the CPU starts at a multiple of it.
+ALIGNMENT = 64
 
 
 class _Filed:
-    """A tensor in a file of its own."""
+    """A plain tensor in a file of its own."""
 
     def __init__(self, path: Path, tensor: Tensor) -> None:
         self.path, self.shape, self.dtype, self.device = path, tensor.shape, tensor.dtype, tensor.device
-        tensor.cpu().contiguous().numpy().tofile(path)
+        with open(path, "wb") as file:  # not tofile, which does not always notice that the disk is full
+            file.write(tensor.cpu().flatten().numpy())
 
     def read(self) -> Tensor:
-        numpy_type = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return torch.from_numpy(np.fromfile(self.path, numpy_type)).view(self.shape).to(self.device)
+        flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+        with open(self.path, "rb") as file:
+            if file.readinto(flat.numpy()) != flat.nbytes:
+                raise OSError(f"{self.path}: is shorter than what was written")
+        return flat.view(self.shape).to(self.device)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor row by row, aligned as torch aligns its own; itself where it is so."""
+    if tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.flatten().view(tensor.shape)  # the strides of dimensions of one, too
 
 
 class Spool:
@@ -78,7 +96,7 @@ class Spool:
         self._values[name] = []
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Add the next chunk."""
+        """Add the next chunk. Raises OutputError where a file cannot hold it."""
         self._values[name].append(self._placed(tensor))
 
     def release(self, name: str, chunk: int) -> None:
@@ -92,15 +110,23 @@ class Spool:
             self._forget(held)
 
     def _placed(self, tensor: Tensor) -> Tensor | _Filed:
+        tensor = _plain(tensor)
         size = tensor.numel() * tensor.element_size()
         if self.limit is None or self.held + size <= self.limit:
             self.held += size
             return tensor
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="efrapq-")
-        self._count += 1
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="efrapq-")
+            self._count += 1
+            filed = _Filed(Path(self._folder.name) / str(self._count), tensor)
+        except OSError as exc:
+            raise OutputError(
+                f"{printable(tempfile.gettempdir())}: activations cannot be kept there ({exc.strerror or exc}); "
+                "point TMPDIR elsewhere, or use a larger --memory or a smaller --calib-size"
+            ) from exc
         self.filed += size
-        return _Filed(Path(self._folder.name) / str(self._count), tensor)
+        return filed
 
     def _forget(self, held: Tensor | _Filed | None) -> None:
         if isinstance(held, _Filed):
