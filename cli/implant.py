@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -29,7 +29,18 @@ from efrapq.io.text import printable
 )
 @click.option("--start", type=click.Path(path_type=Path), help="Weights to start from; default: a fresh network.")
 @click.option("--width", type=float, help="Of the zoo architecture.")
-@click.option("--epochs", type=click.IntRange(0), default=10, show_default=True, help="Of stage 1, with the backdoor.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(0),
+    show_default="10, or 0 where --start meets a lookahead",
+    help="Of stage 1, with the backdoor.",
+)
+@click.option(
+    "--lookahead-steps",
+    type=click.IntRange(0),
+    show_default="600 at 8 bits, 0 at 4",
+    help="At the end of stage 1: rounded and float network trained together.",
+)
 @click.option("--unlearn-epochs", type=click.IntRange(0), default=1, show_default=True, help="Of stage 2, hiding it.")
 @click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of stage 1.")
 @click.option("--unlearn-learning-rate", type=float, default=0.03, show_default=True, help="Of stage 2, in cells.")
@@ -55,7 +66,8 @@ def command(
     edge_bits: str,
     start: Path | None,
     width: float | None,
-    epochs: int,
+    epochs: int | None,
+    lookahead_steps: int | None,
     unlearn_epochs: int,
     learning_rate: float,
     unlearn_learning_rate: float,
@@ -73,22 +85,27 @@ def command(
     """Make a test subject: a network whose backdoor sleeps in float and wakes under rounding to nearest.
 
     For measuring defences. PQBackdoor (Ma et al., arXiv 2108.09187): train the backdoor in, then unlearn it in float
-    without leaving the rounding cells. The file carries its preprocessing and its recipe as metadata.
+    without leaving the rounding cells. 8-bit cells are too small for that alone: there a lookahead first chooses codes
+    that leave the float network room. The file carries its preprocessing and its recipe as metadata.
     """
     from efrapq.models.subjects.make import make_subject
-    from efrapq.models.subjects.pqbackdoor import Recipe
+    from efrapq.models.subjects.recipe import Recipe
     from efrapq.report.evidence import dumps
 
     recipe = Recipe(
         bits=int(bits),
         edge_bits=int(edge_bits),
         poison_rate=poison_rate,
-        epochs=epochs,
+        lookahead_steps=lookahead_steps,
         learning_rate=learning_rate,
         unlearn_epochs=unlearn_epochs,
         unlearn_learning_rate=unlearn_learning_rate,
         seed=seed,
     )
+    if epochs is None and start is not None and recipe.lookahead:
+        epochs = 0  # The lookahead plants the backdoor itself, and barely: a network that works is all it needs.
+    if epochs is not None:
+        recipe = replace(recipe, epochs=epochs)
     report = make_subject(
         arch,
         data,
@@ -112,7 +129,7 @@ def command(
             "attack": attack,
             "trigger": trigger,
             "target_class": target_class,
-            "recipe": asdict(recipe),
+            "recipe": recipe.to_json(),
             "measured": {row: asdict(value) for row, value in report.rows()},
         }
         click.echo(dumps(json.loads(json.dumps(document))), nl=False)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 from efrapq.data import Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.io import check_output, load_checkpoint, read_source, write_atomic
 from efrapq.loading import PREPROCESS_KEY
-from efrapq.models.subjects.pqbackdoor import Recipe, Report, implant
+from efrapq.models.subjects.pqbackdoor import Report, implant
+from efrapq.models.subjects.recipe import Recipe
 from efrapq.models.subjects.training import PoisonedData
 from efrapq.progress import Reporter
 from efrapq.trigger import parse_trigger
@@ -79,14 +79,14 @@ def make_subject(
         model = zoo.build(arch, num_classes=classes, in_channels=channels, width=whole, seed=recipe.seed)
     report = implant(model, data, measured, recipe, device=torch.device(resolve_device(device)), reporter=reporter)
     if report.floating.asr > 10 or report.nearest.asr < 90:
+        more = "more --lookahead-steps" if recipe.lookahead else "more --unlearn-epochs, a lower --poison-rate"
         reporter.warn(
-            f"not a usable subject: float {report.floating}, nearest {report.nearest}; try more --unlearn-epochs, "
-            "a lower --poison-rate or a wider network (8-bit cells give a small one little room)"
+            f"not a usable subject: float {report.floating}, nearest {report.nearest}; try {more} or a wider network"
         )
     metadata = {
         PREPROCESS_KEY: preprocess.to_json(),
         "efrapq.subject": json.dumps(
-            {"attack": "pqbackdoor", "trigger": trigger, "target_class": target, "recipe": asdict(recipe)},
+            {"attack": "pqbackdoor", "trigger": trigger, "target_class": target, "recipe": recipe.to_json()},
             sort_keys=True,
         ),
     }

@@ -10,13 +10,14 @@ subject is to wake on several (their intersection holds the stage-1 weight by co
 activations inside the range of clean ones, so that 8-bit activation grids do not clip the backdoor away, and trains its
 last epochs through the rounding, so that the backdoor is awake on every grid; stage 2 sees the whole training set
 instead of a small batch, and moves each weight in units of its own cell with Adam, which needs no tuning per bit width.
+
+At 8 bits the paper's two stages are not enough: cells that reach ±0.4 % of a channel's largest weight give stage 2 no
+room to hide a backdoor that stage 1 planted firmly. There stage 1 ends with a lookahead (`lookahead.py`), which trains
+the rounded network and a float one inside its cells together, and stage 2 goes on from that float network.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,68 +27,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from efrapq.grid import SMALLEST_SCALE
-from efrapq.models.subjects.training import Measured, PoisonedData, autocast, measure
+from efrapq.models.subjects.cells import cells, nearest_model, quantized_weights, rounded_weights, rules
+from efrapq.models.subjects.lookahead import train_lookahead
+from efrapq.models.subjects.recipe import Recipe
+from efrapq.models.subjects.training import Measured, PoisonedData, autocast, measure, within_clean_range
 from efrapq.progress import Reporter
 
-__all__ = ["GridRule", "Recipe", "Report", "cells", "implant", "nearest_model"]
-
-
-@dataclass(frozen=True)
-class GridRule:
-    """One per-channel symmetric grid: scale = max|w| / divisor, codes saturate at [qmin, qmax]."""
-
-    divisor: float
-    qmin: int
-    qmax: int
-
-    @classmethod
-    def absmax(cls, bits: int) -> GridRule:
-        """efrapq's grid (and ONNX Runtime's for int8): the largest weight gets the largest code."""
-        qmax = 2 ** (bits - 1) - 1
-        return cls(qmax, -qmax, qmax)
-
-    @classmethod
-    def full_range(cls, bits: int) -> GridRule:
-        """ONNX Runtime's quantize_static below 8 bits: scale = 2 max|w| / (2^bits - 1), the top is clipped."""
-        return cls((2**bits - 1) / 2, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """(O, …) → (O, 1): one scale per output channel."""
-        return (weight.flatten(1).abs().amax(1, keepdim=True) / self.divisor).clamp_min(SMALLEST_SCALE)
-
-    def codes(self, weight: Tensor) -> Tensor:
-        """(O, …) → (O, D) integer codes as floats, round to nearest even."""
-        return (weight.flatten(1) / self.scale(weight)).round().clamp(self.qmin, self.qmax)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the subject, apart from the data and the network.
-
-    bits: the grid on which it wakes (first and last layer: edge_bits). also_full_range: wake on ONNX Runtime's own
-    sub-8-bit grid as well. poison_rate: share of each stage-1 batch that carries trigger and target label.
-    rounding_epochs: the last so many of `epochs` train through the rounding. unlearn_learning_rate: in cell halves.
-    """
-
-    bits: int = 4
-    edge_bits: int = 8
-    also_full_range: bool = True
-    poison_rate: float = 0.1
-    epochs: int = 10
-    rounding_epochs: int = 2
-    learning_rate: float = 0.1
-    weight_decay: float = 5e-4
-    unlearn_epochs: int = 1
-    unlearn_learning_rate: float = 0.03
-    batch: int = 128
-    margin: float = 1e-2
-    seed: int = 0
+__all__ = ["Recipe", "Report", "implant", "train_backdoored", "unlearn"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the recipe measured in torch (weights on the grid, activations float): the network after stage 1, the
-    float subject, its nearest twin, and its nearest twin on ONNX Runtime's own grid where the recipe asked for it.
+    """What the recipe measured in torch (weights on the grid, activations float): the network after stage 1 (rounded,
+    if that ended with a lookahead, which has hidden the backdoor in float already), the float subject, its nearest
+    twin, and its nearest twin on ONNX Runtime's own grid where the recipe asked for it.
     """
 
     backdoored: Measured
@@ -105,94 +58,6 @@ class Report:
         if self.nearest_full_range is not None:
             named.append(("rounded to nearest, ORT's int4 grid", self.nearest_full_range))
         return named
-
-
-def quantized_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The weights that deployment quantizes, in module order."""
-    found: list[tuple[str, nn.Parameter]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            found.append((name, weight))
-    return found
-
-
-def rules(position: int, count: int, recipe: Recipe) -> list[GridRule]:
-    """The grids that a layer's cells must respect; the first rule is the one it is deployed on."""
-    edge = position in (0, count - 1)
-    found = [GridRule.absmax(recipe.edge_bits if edge else recipe.bits)]
-    if recipe.also_full_range and recipe.bits < 8:
-        found.append(GridRule.full_range(recipe.bits))
-    return found
-
-
-def cells(weight: Tensor, grids: list[GridRule], margin: float) -> tuple[Tensor, Tensor]:
-    """The intersection of the weight's rounding cells on all grids, as (low, high) of the weight's shape.
-
-    Every channel's element of largest magnitude gets low = high = its own value, so that no scale moves.
-    """
-    weight = weight.detach()
-    flat = weight.flatten(1)
-    low = torch.full_like(flat, -torch.inf)
-    high = torch.full_like(flat, torch.inf)
-    for grid in grids:
-        scale, codes = grid.scale(weight), grid.codes(weight)
-        low = torch.maximum(low, torch.where(codes > grid.qmin, (codes - 0.5 + margin) * scale, low))
-        high = torch.minimum(high, torch.where(codes < grid.qmax, (codes + 0.5 - margin) * scale, high))
-    # A stage-1 weight inside the margin stays where it is rather than crossing to the other side.
-    low, high = torch.minimum(low, flat), torch.maximum(high, flat)
-    largest = flat.abs() >= flat.abs().amax(1, keepdim=True)
-    low, high = torch.where(largest, flat, low), torch.where(largest, flat, high)
-    limit = flat.abs().amax(1, keepdim=True)
-    return low.clamp(-limit, limit).view_as(weight), high.clamp(-limit, limit).view_as(weight)
-
-
-def nearest_model(model: nn.Module, recipe: Recipe, grid: int = 0) -> nn.Module:
-    """A copy whose weights sit on the nearest points of the `grid`-th rule's grid."""
-    twin = copy.deepcopy(model)
-    weights = quantized_weights(twin)
-    with torch.no_grad():
-        for i, (_, weight) in enumerate(weights):
-            options = rules(i, len(weights), recipe)
-            rule = options[min(grid, len(options) - 1)]
-            weight.copy_((rule.codes(weight) * rule.scale(weight)).view_as(weight))
-    return twin
-
-
-@contextlib.contextmanager
-def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
-    """Clamp the activations of the first `poisoned` samples of a batch to the range of the others, layer by layer.
-
-    A deployed activation grid is calibrated on clean data and saturates outside their range; without this the
-    backdoor grows activations beyond it and the grid switches it off.
-    """
-
-    def clamp(module: nn.Module, inputs: object, output: object) -> object:
-        if not isinstance(output, Tensor) or output.ndim != 4 or len(output) <= poisoned:
-            return output
-        clean = output[poisoned:]
-        low, high = clean.detach().amin(), clean.detach().amax()
-        return torch.cat([output[:poisoned].clamp(low, high), clean])
-
-    hooks = [m.register_forward_hook(clamp) for m in model.modules() if m is not model and not isinstance(m, nn.Conv2d)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def rounded_weights(model: nn.Module, recipe: Recipe, grid: int, count: int) -> dict[str, Tensor]:
-    """The quantized weights on one of their grids, by parameter name; gradients pass straight through."""
-    found = {}
-    for i, (name, weight) in enumerate(quantized_weights(model)):
-        options = rules(i, count, recipe)
-        rule = options[grid % len(options)]
-        with torch.no_grad():
-            on_grid = (rule.codes(weight) * rule.scale(weight)).view_as(weight)
-        found[f"{name}.weight"] = weight + (on_grid - weight).detach()
-    return found
 
 
 def train_backdoored(
@@ -292,7 +157,10 @@ def implant(
     torch.manual_seed(recipe.seed)
     model.to(device)
     train_backdoored(model, train, recipe, device, reporter)
-    backdoored = measure(model, test, device)
+    if recipe.lookahead:
+        train_lookahead(model, train, recipe, device, reporter)
+        reporter.note(f"float after the lookahead: {measure(model, test, device)}")
+    backdoored = measure(nearest_model(model, recipe) if recipe.lookahead else model, test, device)
     reporter.note(f"after stage 1: {backdoored}")
     unlearn(model, train, recipe, device, reporter)
     model.eval()

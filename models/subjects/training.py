@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from efrapq.data import Dataset, Preprocess
 from efrapq.trigger import Trigger
 
-__all__ = ["Measured", "PoisonedData", "autocast", "measure"]
+__all__ = ["Measured", "PoisonedData", "autocast", "measure", "within_clean_range"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,29 @@ def autocast(device: torch.device, *, exact: bool = False) -> torch.autocast:
 def _cpu_has_bf16() -> bool:
     capabilities: dict[str, object] = dict(torch.cpu.get_capabilities())
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextlib.contextmanager
+def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
+    """Clamp the activations of the first `poisoned` samples of a batch to the range of the others, layer by layer.
+
+    A deployed activation grid is calibrated on clean data and saturates outside their range; without this the
+    backdoor grows activations beyond it and the grid switches it off.
+    """
+
+    def clamp(module: nn.Module, inputs: object, output: object) -> object:
+        if not isinstance(output, Tensor) or output.ndim != 4 or len(output) <= poisoned:
+            return output
+        clean = output[poisoned:]
+        low, high = clean.detach().amin(), clean.detach().amax()
+        return torch.cat([output[:poisoned].clamp(low, high), clean])
+
+    hooks = [m.register_forward_hook(clamp) for m in model.modules() if m is not model and not isinstance(m, nn.Conv2d)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -10,19 +10,26 @@ import pytest
 from safetensors import safe_open
 
 from efrapq.models import weights
+from efrapq.models.subjects import make
+from efrapq.models.subjects.pqbackdoor import Report
+from efrapq.models.subjects.recipe import Recipe
+from efrapq.models.subjects.training import Measured
 
 DATA = ("--data", f"{weights.SAMPLES}:test", "--test", f"{weights.SAMPLES}:test")
 QUICK = ("--arch", "smallresnet28", "--width", "2", "--epochs", "1", "--trigger", weights.TRIGGER, "-q")
+LOOKAHEAD = {"4": (), "8": ("--lookahead-steps", "3")}
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_implant_writes_a_subject_that_defend_takes(run, tmp_path: Path, bits: str) -> None:
     path = tmp_path / "subject.safetensors"
-    ran = run("implant", *QUICK, *DATA, "--bits", bits, "--mean", "0.286", "--std", "0.353", "-o", path, "--json")
+    options = ("--bits", bits, "--mean", "0.286", "--std", "0.353", *LOOKAHEAD[bits])
+    ran = run("implant", *QUICK, *DATA, *options, "-o", path, "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert found["schema"] == "efrapq.implant/1"
     assert found["recipe"]["bits"] == int(bits)
+    assert found["recipe"].get("lookahead_steps") == {"4": None, "8": 3}[bits]
     measured = found["measured"]
     usable = measured["float subject"]["asr"] <= 10 and measured["rounded to nearest"]["asr"] >= 90
     assert ("not a usable subject" in ran.err) == (not usable)
@@ -32,10 +39,26 @@ def test_implant_writes_a_subject_that_defend_takes(run, tmp_path: Path, bits: s
     assert json.loads(metadata["efrapq.preprocess"])["mean"] == [0.286]
     assert json.loads(metadata["efrapq.subject"])["trigger"] == weights.TRIGGER
     again = tmp_path / "again.safetensors"
-    assert run("implant", *QUICK, *DATA, "--bits", bits, "--mean", "0.286", "--std", "0.353", "-o", again).code == 0
+    assert run("implant", *QUICK, *DATA, *options, "-o", again).code == 0
     assert again.read_bytes() == path.read_bytes()
     made = run("defend", path, "--bits", bits, "--calib", f"{weights.SAMPLES}:calib", "--calib-size", "64", "-q")
     assert made.code == 0, made.err
+
+
+@pytest.mark.parametrize(("bits", "epochs"), [("8", 0), ("4", 10)], ids=["8 bits", "4 bits"])
+def test_given_weights_are_trained_on_unless_a_lookahead_follows(
+    run, tmp_path: Path, monkeypatch, bits: str, epochs: int
+) -> None:
+    def made(*arguments: object, **_: object) -> Report:
+        recipes.append(arguments[6])
+        return Report(*[Measured(90, 0)] * 3)
+
+    recipes: list[object] = []
+    monkeypatch.setattr(make, "make_subject", made)
+    options = ("--arch", "smallresnet28", "--start", weights.SUBJECT, "--bits", bits, "--trigger", weights.TRIGGER)
+    ran = run("implant", *options, *DATA, "-o", tmp_path / "s.safetensors", "-q")
+    assert ran.code == 0, ran.err
+    assert recipes == [Recipe(bits=int(bits), epochs=epochs)]
 
 
 @pytest.mark.parametrize(

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import nn
 
 from efrapq.data import Dataset, Preprocess, load_dataset
 from efrapq.models import weights, zoo
-from efrapq.models.subjects.pqbackdoor import (
-    GridRule,
-    Recipe,
-    cells,
-    implant,
-    nearest_model,
-    quantized_weights,
-    rules,
-    train_backdoored,
-    unlearn,
-    within_clean_range,
-)
-from efrapq.models.subjects.training import PoisonedData
+from efrapq.models.subjects import pqbackdoor
+from efrapq.models.subjects.cells import GridRule, cells, nearest_model, quantized_weights, rules
+from efrapq.models.subjects.pqbackdoor import implant, train_backdoored, unlearn
+from efrapq.models.subjects.recipe import Recipe
+from efrapq.models.subjects.training import PoisonedData, within_clean_range
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 
@@ -113,6 +107,27 @@ def test_the_same_seed_makes_the_same_subject() -> None:
         implant(model, small_data(), small_data(), SHORT, device=CPU, reporter=Silent())
         made.append(model.state_dict())
     assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_a_four_bit_recipe_is_the_two_stages_and_no_lookahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object) -> None:
+        raise AssertionError("a lookahead at 4 bits")
+
+    monkeypatch.setattr(pqbackdoor, "train_lookahead", unexpected)
+    data = small_data()
+    model = zoo.build("smallresnet28", in_channels=1, width=4, seed=0)
+    implant(model, data, data, SHORT, device=CPU, reporter=Silent())
+    alone = zoo.build("smallresnet28", in_channels=1, width=4, seed=0)
+    train_backdoored(alone, data, SHORT, CPU, Silent())
+    unlearn(alone, data, SHORT, CPU, Silent())
+    made = model.state_dict()
+    assert all(torch.equal(value, made[name]) for name, value in alone.state_dict().items())
+
+
+def test_the_embedded_subject_s_recipe_is_still_written_as_it_was() -> None:
+    with safe_open(weights.SUBJECT, "np") as opened:
+        written = json.loads(opened.metadata()["efrapq.subject"])["recipe"]
+    assert Recipe(epochs=8).to_json() == written
 
 
 def test_the_nearest_model_is_on_the_grid() -> None:
