@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types install clean
+# The benchmarks need CIFAR-10 and published weights: EFRAPQ_SHARED names their folder.
+.PHONY: demo test test-slow bench-solver lint types install clean
 
 demo: $(READY)
 	$(BIN)/efrapq demo
@@ -14,6 +15,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
+
+bench-solver: $(READY)
+	$(BIN)/python benchmarks/solver.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -74,7 +74,7 @@ class MemorySize(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
+        match = re.fullmatch(r"(\d{1,18})([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
         if match is None or int(match[1]) < 1:
             self.fail(f"'{value}' is not a size such as 2G, 500M or a number of bytes", param, ctx)
         return int(match[1]) << (10 * ("KMGT".find(match[2].upper()) + 1 if match[2] else 0))

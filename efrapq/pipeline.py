@@ -181,6 +181,7 @@ def defend(
     evidence["machine"] = _machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
+        "pass": round(solved.seconds, 3),
         "layers": {r.name: round(r.seconds, 3) for r in solved.reports},
     }
     if output is not None and evidence_path is not None:

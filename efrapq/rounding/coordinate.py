@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efrapq.rounding.greedy import factorize, greedy_choice
+from efrapq.rounding.greedy import Greedy, factorize
 from efrapq.rounding.problem import RoundingProblem
 from efrapq.rounding.threads import one_thread
 
@@ -50,7 +50,7 @@ class Coordinate:
     fidelity: float | None = None
     start: str = "greedy"
     sweeps: int = 3
-    block: int = 128
+    block: int = 256
 
 
 def solve_coordinate(problem: RoundingProblem, settings: Coordinate, start: Tensor | None = None) -> Tensor:
@@ -110,9 +110,9 @@ class _Descent:
         self.curvature = torch.where(movable, curvature, torch.inf)
         self.nearest = problem.nearest.transpose(1, 2).contiguous()
         self.nearest_R, self.nearest_loss = self._state(self.nearest)
-        self._factor = None
-        if settings.start == "greedy":
-            self._factor = problem.factor or factorize(problem.H, problem.cross)
+        self._greedy = None
+        if settings.start == "greedy" and (factor := problem.factor or factorize(problem.H, problem.cross)) is not None:
+            self._greedy = Greedy(problem, factor, self.pull)
 
     def unit(self) -> float:
         """The λ_E at which the error term of a typical weight is worth what flipping it alone costs."""
@@ -124,17 +124,17 @@ class _Descent:
 
     def first(self, lambda_e: float) -> Tensor:
         """Where the descent starts, (G, D, O) bool."""
-        if self._factor is not None:
-            return greedy_choice(self.problem, self._factor, lambda_e * self.pull)[0]
+        if self._greedy is not None:
+            return self._greedy.choose(lambda_e)[0]
         if self.settings.start == "flipped":
             return self.nearest ^ self.problem.movable.transpose(1, 2)
         return self.nearest.clone()
 
     def trial(self, lambda_e: float) -> tuple[Tensor, float]:
         """A quick choice for λ_E, and its L_A: the greedy one as it is, one sweep from any other start."""
-        if self._factor is None:
+        if self._greedy is None:
             return self.descend(self.first(lambda_e), lambda_e, 1)
-        up, losses = greedy_choice(self.problem, self._factor, lambda_e * self.pull)
+        up, losses = self._greedy.choose(lambda_e)
         return up, float(losses.sum()) + self.problem.error
 
     def descend(self, up: Tensor, lambda_e: float, sweeps: int) -> tuple[Tensor, float]:
@@ -177,7 +177,7 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
         count = int(torch.count_nonzero(flipped))
         if count:
             up[:, a:b] ^= flipped
-            R += H[:, :, a:b] @ moved
+            R.baddbmm_(H[:, :, a:b], moved)
         flips += count
     return flips
 
@@ -193,17 +193,18 @@ def _sweep_block(
     sparse = inner.device.type == "cpu"
     moved = torch.zeros_like(inner)
     size = inner.shape[1]
-    resist = -curvature
+    gain, resist = slope.expand_as(inner) * sign, -curvature
+    columns = [x.unbind(1) for x in (pull * sign, gain, inner, resist, step, moved)]
     for a in range(0, size, PANEL):
         b = min(a + PANEL, size)
         for j in range(a, b):
-            gain = torch.addcmul(pull[:, j], slope[:, 0], inner[:, j]).mul_(sign[:, j])
-            flip = gain < resist[:, j]
+            pull_j, gain_j, inner_j, resist_j, step_j, moved_j = (c[j] for c in columns)
+            flip = torch.addcmul(pull_j, gain_j, inner_j) < resist_j
             if sparse and not bool(flip.any()):
                 continue
-            taken = torch.mul(flip, step[:, j], out=moved[:, j])
+            torch.mul(flip, step_j, out=moved_j)
             if j + 1 < b:
-                inner[:, j + 1 : b].addcmul_(H[:, j + 1 : b, j, None], taken[:, None])
+                inner[:, j + 1 : b].addcmul_(H[:, j + 1 : b, j, None], moved_j[:, None])
         if b < size:
             inner[:, b:].baddbmm_(H[:, b:, a:b], moved[:, a:b])
     return moved

@@ -24,11 +24,11 @@ from efrapq.rounding.threads import one_thread
 if TYPE_CHECKING:
     from efrapq.rounding.problem import RoundingProblem
 
-__all__ = ["Factor", "factorize", "greedy_choice"]
+__all__ = ["Factor", "Greedy", "factorize"]
 
 # Share of the mean diagonal added to H: directions that calibration never saw must not steer the feedback.
 DAMPING = 0.01
-BLOCK = 128
+BLOCK = 256
 # Columns between two products inside a block.
 PANEL = 16
 
@@ -79,47 +79,72 @@ def _cholesky(H: Tensor) -> Tensor | None:
     return None
 
 
-def greedy_choice(problem: RoundingProblem, factor: Factor, pull: Tensor) -> tuple[Tensor, Tensor]:
-    """The choice h, (G, D, O) bool, and each row's part of L_A for it, (G, O) float64, which comes with it for free.
+class Greedy:
+    """A problem made ready for greedy choices with any λ_E.
 
-    pull: (G, D, O), what being up costs over being down (λ_E included).
+    pull: (G, D, O), what being up costs over being down for λ_E = 1.
     """
-    index = factor.order[:, :, None].expand_as(factor.offset)
-    movable = problem.movable.transpose(1, 2).gather(1, index)
-    lows = (problem.floor * problem.scale.float()[..., None] - problem.weight).transpose(1, 2).gather(1, index)
-    pull = pull.gather(1, index)
-    scale = problem.scale.float()
-    R, pending = factor.triangle, factor.offset.clone()
-    diagonal = R.diagonal(dim1=1, dim2=2)[..., None]
-    inputs = pending.shape[1]
-    up = torch.zeros_like(movable)
-    deltas = torch.empty_like(lows)
-    for a in range(0, inputs, BLOCK):
-        b = min(a + BLOCK, inputs)
-        inner = R[:, a:b, a:b].transpose(1, 2).contiguous()  # (G, j, i): what column i adds to column j
-        chosen = lows[:, a:b].clone()
+
+    def __init__(self, problem: RoundingProblem, factor: Factor, pull: Tensor) -> None:
+        self._factor = factor
+        self._index = factor.order[:, :, None].expand_as(factor.offset)
+        scale = problem.scale.float()[:, None]
+
+        def permuted(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).gather(1, self._index)
+
+        self._pull = pull.gather(1, self._index)
+        self._low = permuted(problem.floor * problem.scale.float()[..., None] - problem.weight)
+        self._high = self._low + scale
         # Going up changes the square of the term by step·(2·term + step).
-        step = diagonal[:, a:b] * scale[:, None]
-        rest = step.square() + 2 * step * diagonal[:, a:b] * lows[:, a:b] + pull[:, a:b]
-        rest = torch.where(movable[:, a:b], rest, torch.inf)
-        step *= 2
-        block = pending[:, a:b]
-        with one_thread(R.device):
-            for p in range(0, b - a, PANEL):
-                q = min(p + PANEL, b - a)
-                for j in range(p, q):
-                    rise = torch.addcmul(rest[:, j], step[:, j], block[:, j]) < 0
-                    up[:, a + j] = rise
-                    chosen[:, j] += rise * scale
-                    if j + 1 < q:
-                        block[:, j + 1 : q].addcmul_(inner[:, j + 1 : q, j, None], chosen[:, j, None])
-                if q < b - a:
-                    block[:, q:].baddbmm_(inner[:, q:, p:q], chosen[:, p:q])
-        deltas[:, a:b] = chosen
-        if b < inputs:
-            pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), chosen)
-    # The terms squared add up to the damped quadratic; `pending` holds what they owe to the columns before.
-    terms = (pending + diagonal * deltas).double()
-    losses = terms.square().sum(1) - factor.offset.double().square().sum(1)
-    losses -= factor.damping[:, None] * deltas.double().square().sum(1)
-    return torch.zeros_like(up).scatter_(1, index, up), losses
+        diagonal = factor.triangle.diagonal(dim1=1, dim2=2)[..., None]
+        step = diagonal * scale
+        self._step = 2 * step
+        self._rest = torch.where(permuted(problem.movable), step * (step + 2 * diagonal * self._low), torch.inf)
+
+    def choose(self, lambda_e: float) -> tuple[Tensor, Tensor]:
+        """The choice h, (G, D, O) bool, and each row's part of L_A for it, (G, O) float64, which comes for free."""
+        R, offset = self._factor.triangle, self._factor.offset
+        rest = torch.add(self._rest, self._pull, alpha=lambda_e)
+        pending = offset.clone()
+        deltas = torch.empty_like(pending)
+        inputs = pending.shape[1]
+        for a in range(0, inputs, BLOCK):
+            b = min(a + BLOCK, inputs)
+            block, chosen = pending[:, a:b], deltas[:, a:b]
+            within = R[:, a:b, a:b].transpose(1, 2).contiguous()  # (G, j, i): what column i adds to column j
+            with one_thread(R.device):
+                _choose_block(
+                    block, within, rest[:, a:b], self._step[:, a:b], self._low[:, a:b], self._high[:, a:b], chosen
+                )
+            if b < inputs:
+                pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), chosen)
+        up = torch.zeros_like(deltas, dtype=torch.bool).scatter_(1, self._index, deltas != self._low)
+        # The terms squared add up to the damped quadratic; `pending` holds what they owe to the columns before.
+        terms = torch.addcmul(pending, R.diagonal(dim1=1, dim2=2)[..., None], deltas)
+        losses = _squares(terms) - _squares(offset) - self._factor.damping[:, None] * _squares(deltas)
+        return up, losses
+
+
+def _choose_block(
+    block: Tensor, within: Tensor, rest: Tensor, step: Tensor, low: Tensor, high: Tensor, chosen: Tensor
+) -> None:
+    """Choose the columns of one block in turn, (G, B, O) each; `chosen` is written, `block` brought up to date.
+
+    In panels, so that the rank-one updates stay small enough for one core's cache, and the rest is a product.
+    """
+    size = block.shape[1]
+    columns = [x.unbind(1) for x in (rest, step, block, high, low, chosen)]
+    for a in range(0, size, PANEL):
+        b = min(a + PANEL, size)
+        for j in range(a, b):
+            rest_j, step_j, block_j, high_j, low_j, chosen_j = (c[j] for c in columns)
+            torch.where(torch.addcmul(rest_j, step_j, block_j) < 0, high_j, low_j, out=chosen_j)
+            if j + 1 < b:
+                block[:, j + 1 : b].addcmul_(within[:, j + 1 : b, j, None], chosen_j[:, None])
+        if b < size:
+            block[:, b:].baddbmm_(within[:, b:, a:b], chosen[:, a:b])
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.square().sum(1, dtype=torch.float64)

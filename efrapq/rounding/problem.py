@@ -54,8 +54,8 @@ class Moments:
         if self._code_scale != grid.scale and self.rows:
             raise ValueError("rows of codes and of reals, or of two grids, do not go into one sum")
         self._code_scale = grid.scale
-        for rows in codes[0].split(MOST_ROWS):
-            gram_codes_(self._h[0], rows, grid.zero_point)
+        for a in range(0, codes.shape[1], MOST_ROWS):
+            gram_codes_(self._h[0], codes[0, a : a + MOST_ROWS], grid.zero_point)
         self._add_rest(grid.dequantize(codes), y)
 
     def _add_rest(self, x_hat: Tensor, y: Tensor) -> None:
@@ -148,9 +148,12 @@ def make_problem(
 
 
 def row_losses(problem: RoundingProblem, up: Tensor) -> Tensor:
-    """Each output row's own part of L_A, without the constant c: (G, O, D) → (G, O) float64."""
+    """Each output row's own part of L_A, without the constant c: (G, O, D) → (G, O) float64.
+
+    The product is float32, a sum of squares that does not cancel; what is added to it is float64.
+    """
     d = problem.delta(up)
-    return (d * (d @ problem.H + 2 * problem.cross)).sum(2)
+    return (d * ((d.float() @ problem.H.float()).double() + 2 * problem.cross)).sum(2)
 
 
 def quadratic_loss(problem: RoundingProblem, up: Tensor) -> float:

@@ -30,12 +30,12 @@ class _Filed:
     def __init__(self, path: Path, tensor: Tensor) -> None:
         self.path, self.shape, self.dtype, self.device = path, tensor.shape, tensor.dtype, tensor.device
         with open(path, "wb") as file:  # not tofile, which does not always notice that the disk is full
-            file.write(tensor.cpu().flatten().numpy())
+            file.write(tensor.cpu().flatten().numpy().data)
 
     def read(self) -> Tensor:
         flat = torch.empty(self.shape.numel(), dtype=self.dtype)
         with open(self.path, "rb") as file:
-            if file.readinto(flat.numpy()) != flat.nbytes:
+            if file.readinto(flat.numpy().data) != flat.nbytes:
                 raise OSError(f"{self.path}: is shorter than what was written")
         return flat.view(self.shape).to(self.device)
 

@@ -7,6 +7,7 @@ in depth and the memory is the frontier plus one H; past a limit the frontier go
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ __all__ = ["Solved", "Walk", "streaming_pass"]
 @dataclass(frozen=True)
 class Solved:
     """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
-    of activations that went through temporary files.
+    of activations that went through temporary files. seconds: the whole pass took.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -44,6 +45,7 @@ class Solved:
     reports: list[LayerReport]
     fallback: tuple[str, ...]
     filed: int = 0
+    seconds: float = 0.0
 
 
 def streaming_pass(
@@ -139,6 +141,7 @@ class Walk:
 
     def run(self, reporter: Reporter) -> Solved:
         """Walk to the end."""
+        started = time.perf_counter()
         work = {name: float(weight_array(self.graph, layer).size) for name, layer in self.layers.items()}
         with reporter.task("rounding", sum(work.values())) as task, torch.no_grad():
             for node in self.graph:
@@ -152,7 +155,14 @@ class Walk:
                     steps.finish(f"{layer.name}: {report.flipped:.1f} % flipped")
                 self._drop(node)
         filed = self.floats.filed + self.quantized.filed
-        return Solved(self.weights, self.grids, self.reports, self.executor.fallback_nodes, filed)
+        return Solved(
+            self.weights,
+            self.grids,
+            self.reports,
+            self.executor.fallback_nodes,
+            filed,
+            time.perf_counter() - started,
+        )
 
     # The two streams.
 
