@@ -3,8 +3,8 @@
     python benchmarks/choices.py [--only TABLE …] [--images N] [SUBJECT.safetensors …]
 
 Every row is a file defended with one setting and measured in ONNX Runtime: CDA and ASR of the file and of its nearest
-twin on the same grid. Subjects: the embedded one, and those given (made by `efrapq implant` on CIFAR-10 with
-patch:6x6@24,24, class 0). Writes results/choices.json as it goes; rows that are there already are not measured again.
+twin on the same grid. Subjects: the embedded one, and those given (made by `efrapq implant` on CIFAR-10 or,
+where the name says so, GTSRB). Writes results/choices.json as it goes; rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import efrapq
-from benchmarks.common import RESULTS, cifar10, machine, save, shared_folder, show
+from benchmarks.common import RESULTS, machine, save, shared_folder, show, strips
 from efrapq.data import Dataset, load_dataset
 from efrapq.models import weights
 
@@ -52,8 +52,13 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         for word, options in (("lambda_E = 0", {"lambda_e": 0.0}), ("fidelity 1.1", {"fidelity": 1.1}))
     },
     "images": {f"{n} images": {"calib_size": n} for n in (64, 128, 256, 512, 1024)},
+    "rows": {f"{n}·D rows": {"rows": n} for n in (2, 4, 8, 16, 32, 64)},
     "edges": {"edges 8 bits": {}, "edges 4 bits": {"edge_bits": 4}},
-    "data-free": {"real images": {}, "no data": {"calib": None}},
+    "data-free": {
+        f"W{bits}A8, {word}": {"bits": bits, **options}
+        for bits in (4, 8)
+        for word, options in (("real images", {}), ("no data", {"calib": None}))
+    },
     "bits": {f"W{b}": {"bits": b} for b in range(2, 9)},
 }
 
@@ -87,13 +92,15 @@ def subjects(paths: list[Path], images: int) -> list[Subject]:
     folder = shared_folder()
     for path in paths:
         if folder is None:
-            print(f"{path}: skipped, no CIFAR-10: set EFRAPQ_SHARED")
+            print(f"{path}: skipped, no images: set EFRAPQ_SHARED")
             continue
         header = path.read_bytes()
         length = int.from_bytes(header[:8], "little")
         recipe = json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["efrapq.subject"])
-        test = cifar10(folder, "test").select(np.arange(images))
-        training = cifar10(folder, "train", 1)
+        source = "gtsrb" if path.stem.startswith("gtsrb") else "cifar10"
+        test = strips(folder, source, "test")
+        test = test.select(np.arange(min(images, len(test))))
+        training = strips(folder, source, "train", 1)
         found.append(
             Subject(
                 path.stem,
@@ -132,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", type=Path)
     parser.add_argument("--only", nargs="+", choices=sorted(TABLES), default=list(TABLES))
-    parser.add_argument("--images", type=int, default=2000, help="test images of the CIFAR-10 subjects")
+    parser.add_argument("--images", type=int, default=2000, help="test images of the given subjects")
     args = parser.parse_args()
     path = RESULTS / "choices.json"
     document = json.loads(path.read_text()) if path.exists() else {"rows": {}}

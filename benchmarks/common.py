@@ -29,16 +29,21 @@ def shared_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def cifar10(folder: Path, split: str, strips: int | None = None) -> Dataset:
-    """CIFAR-10 from lossless image strips of 10,000, 100 images a row."""
+def strips(folder: Path, name: str, split: str, count: int | None = None) -> Dataset:
+    """cifar10 or gtsrb from lossless image strips, 100 images a row, 10,000 of CIFAR-10's a strip."""
     Image.MAX_IMAGE_PIXELS = None
-    labels = np.load(folder / "cifar10" / f"{split}_labels.npy")
+    labels = np.load(folder / name / f"{split}_labels.npy")
     parts = []
-    for path in sorted((folder / "cifar10").glob(f"{split}_*.webp"))[:strips]:
+    for path in sorted((folder / name).glob(f"{split}_*.webp"))[:count]:
         grid = np.asarray(Image.open(path).convert("RGB"))
         parts.append(grid.reshape(-1, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3))
-    images = np.concatenate(parts)
-    return Dataset.from_arrays(images, labels[: len(images)], f"cifar10 {split}")
+    images = np.concatenate(parts)[: len(labels)]
+    return Dataset.from_arrays(images, labels[: len(images)], f"{name} {split}")
+
+
+def cifar10(folder: Path, split: str, count: int | None = None) -> Dataset:
+    """CIFAR-10, or its first `count` strips."""
+    return strips(folder, "cifar10", split, count)
 
 
 @dataclass(frozen=True)

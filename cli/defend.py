@@ -85,6 +85,13 @@ from efrapq.io.text import printable
     show_default=True,
     help="Weight scales: the largest weight's; of least rounding error; re-fitted to the codes.",
 )
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Accumulate a layer's moments over at most so many rows per input of an output channel.",
+)
 @click.option("--target", metavar="NAME", help="ort-x86 or portable. Default: the machine it runs on.")
 @model_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

@@ -32,6 +32,7 @@ def check_options(
     act_range: str,
     scale: str,
     calib_size: int,
+    rows: int,
     seed: int,
 ) -> None:
     """Raise UsageError for what makes no sense whatever the model is."""
@@ -49,6 +50,8 @@ def check_options(
         raise UsageError(f"unknown scale '{scale}'; known: {', '.join(SCALES)}")
     if calib_size < 1:
         raise UsageError("--calib-size must be at least 1")
+    if rows < 1:
+        raise UsageError("--rows must be at least 1")
     if not 0 <= seed < 2**63:
         raise UsageError("--seed must be between 0 and 2^63 - 1")
 

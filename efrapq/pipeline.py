@@ -85,6 +85,7 @@ def defend(
     steps: int = 10_000,
     act_range: str = "auto",
     scale: str = "minmax",
+    rows: int = 32,
     target: str | None = None,
     arch: str | None = None,
     input_shape: tuple[int, int, int] | None = None,
@@ -102,7 +103,8 @@ def defend(
     of the first and last layer. calib: images to calibrate on, at most calib_size of them; without it inputs are
     made from the model's BatchNorm statistics. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the
     factor by which each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the
-    error term instead; error: its unit. scale: of the weights, minmax, mse or refit. memory: bytes of activations kept
+    error term instead; error: its unit. scale: of the weights, minmax, mse or refit. rows: each layer's moments are
+    taken over at most so many rows per input of an output channel. memory: bytes of activations kept
     in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and
     versions give the same bytes.
 
@@ -123,6 +125,7 @@ def defend(
         act_range=act_range,
         scale=scale,
         calib_size=calib_size,
+        rows=rows,
         seed=seed,
     )
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
@@ -155,6 +158,7 @@ def defend(
         edge_bits,
         act_range_for(act_range, act_bits),
         scale,
+        rows,
         solver=rounding,
         seed=seed,
         device=device,
@@ -272,6 +276,7 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
         "solver": "nearest" if rounding is None else type(rounding).__name__.lower(),
         "act_range": settings.act_range,
         "scale": settings.scale,
+        "rows": settings.rows,
         "seed": settings.seed,
         "target": target,
     }

@@ -158,6 +158,7 @@ def test_without_batchnorm_and_without_data_it_asks_for_data(net, tmp_path: Path
         ({"fidelity": 1.1, "lambda_e": 1e-3}, "--fidelity"),
         ({"fidelity": 1.1, "solver": "relaxed"}, "--fidelity"),
         ({"memory": 0}, "--memory"),
+        ({"rows": 0}, "--rows"),
         ({"resume": True}, "--resume"),
         ({"act_bits": 2}, "--act-bits"),
         ({"solver": "magic"}, "unknown solver"),

@@ -41,7 +41,7 @@ PANEL = 16
 class Coordinate:
     """Settings. lambda_e: weight of the error term; error: "absolute" (the paper's, in weight units) or "relative"
     (in steps, independent of the bit width); fidelity: factor on L_A, at least 1, by which λ_E is chosen instead;
-    start: greedy, nearest or flipped; sweeps: at most so many, fewer where nothing flips any more. (A number and not a
+    start: greedy or nearest; sweeps: at most so many, fewer where nothing flips any more. (A number and not a
     share of flips: what happens in one row must not decide about another.)
     """
 
@@ -126,8 +126,6 @@ class _Descent:
         """Where the descent starts, (G, D, O) bool."""
         if self._greedy is not None:
             return self._greedy.choose(lambda_e)[0]
-        if self.settings.start == "flipped":
-            return self.nearest ^ self.problem.movable.transpose(1, 2)
         return self.nearest.clone()
 
     def trial(self, lambda_e: float) -> tuple[Tensor, float]:

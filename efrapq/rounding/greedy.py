@@ -73,8 +73,9 @@ def factorize(H: Tensor, cross: Tensor) -> Factor | None:
 def _cholesky(H: Tensor) -> Tensor | None:
     """The lower factor in float32. The damping bounds the condition number by D/DAMPING, which float32 can bear."""
     for precision in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(H.to(precision))
-        if not bool(failed.any()):
+        factored = torch.linalg.cholesky_ex(H.to(precision))
+        lower: Tensor = factored.L
+        if not bool(factored.info.any()):
             return lower.float()
     return None
 
