@@ -2,10 +2,11 @@
 
     python benchmarks/solver.py [--quick] [--only PART …]
 
-Parts: speed (coordinate and relaxed on the same model, data and grid), growth (images, depth, width), limit (products
-and sweeps against torch.mm of the same shapes), relaxed (ResNet-20 at the paper's full steps; half an hour and more).
-`relaxed` is run for STEPS steps of every layer and for one, and scaled linearly to 10,000. Every run is a process of
-its own, so that its peak memory is its own. Needs CIFAR-10 (see common.py). Writes results/solver.json.
+Parts: limit (products and sweeps against torch.mm of the same shapes), speed (coordinate and relaxed on the same
+model, data and grid), growth (images, depth, width), memory (peaks under --memory), relaxed (ResNet-20 at the paper's
+full steps; half an hour and more). For speed, `relaxed` is run for STEPS steps of every layer and for one, and scaled
+linearly to 10,000. Every run is a process of its own, so that its peak memory is its own. Needs CIFAR-10 (see
+common.py). Writes results/solver.json.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def run_one(spec: dict[str, Any]) -> dict[str, Any]:
         "flipped": made.evidence["flipped"],
         "losses": {layer["name"]: layer["loss"] for layer in layers},
         "weights": sum(math.prod(layer["shape"]) for layer in layers),
+        "codes": made.quantized.digest,
         "origin": found.origin,
         "title": found.name,
     }
@@ -188,6 +190,23 @@ def growth(document: dict[str, Any], quick: bool) -> None:
         show(f"{title}: exponent {exponent:.2f}", (key, "seconds of the pass", "straight line"), rows)
 
 
+def memory(document: dict[str, Any], quick: bool) -> None:
+    """Peak memory and time under a limit; the codes must not change."""
+    name, images = ("resnet20", 512) if quick else ("imagenet-mobilenetv2", 256)
+    rows = []
+    codes = set()
+    for limit_mib in (64 << 10, 2048, 512, 64):
+        found = separately(network=name, images=images, bits=4, options={"memory": limit_mib << 20})
+        codes.add(found["codes"])
+        document.setdefault("memory", {})[str(limit_mib)] = found
+        word = "none" if limit_mib >= 64 << 10 else f"{limit_mib} MiB"
+        rows.append((word, f"{found['memory'] / 2**30:.2f} GiB", f"{found['pass']:.1f} s", found["codes"][:12]))
+    document["memory"]["same_codes"] = len(codes) == 1
+    save(document["name"], document)
+    header = ("--memory", "peak of the process", "pass", "codes")
+    show(f"memory: {name}, {images} images, codes {'identical' if len(codes) == 1 else 'DIFFER'}", header, rows)
+
+
 def best_of(work: Callable[[], object], repeat: int = 3) -> float:
     """The shortest of several times, seconds."""
     times = []
@@ -285,7 +304,7 @@ def _mean(run: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parts = ("speed", "limit", "growth", "relaxed")
+    parts = ("limit", "speed", "growth", "memory", "relaxed")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ResNet-20 only, small growth tables; minutes")
     parser.add_argument("--only", nargs="+", choices=parts)
@@ -301,13 +320,15 @@ def main() -> None:
     path = RESULTS / ("solver-quick.json" if args.quick else "solver.json")
     document = json.loads(path.read_text()) if path.exists() else {}
     document |= {"name": path.stem, "machine": machine()}
-    chosen = args.only or (("limit", "speed", "growth") if args.quick else parts)
+    chosen = args.only or (parts[:4] if args.quick else parts)
     if "limit" in chosen:
         limit(document, (576, 1152) if args.quick else (144, 576, 1152, 2304, 4608))
     if "speed" in chosen:
         speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps)
     if "growth" in chosen:
         growth(document, args.quick)
+    if "memory" in chosen:
+        memory(document, args.quick)
     if "relaxed" in chosen:
         relaxed(document)
 

@@ -74,12 +74,12 @@ class Unfold:
             stride, pads = self.stride, self.pads
         windows = _windows(x, kernel, stride, self.dilation, pads, zero)
         n, channels, height, width = windows.shape[:4]
+        grouped = windows.unflatten(1, (self.groups, channels // self.groups))  # (N, G, C, H', W', kh, kw)
         if positions is None:
-            positions = torch.arange(height * width, device=x.device)
-        picked = windows[:, :, positions // width, positions % width]  # (N, C, P, kh, kw)
-        grouped = picked.reshape(n, self.groups, channels // self.groups, len(positions), *kernel)
-        rows = grouped.permute(1, 0, 3, 2, 4, 5)
-        return rows.reshape(self.groups, n * len(positions), -1)
+            rows = grouped.permute(1, 0, 3, 4, 2, 5, 6)
+            return rows.reshape(self.groups, n * height * width, -1)
+        picked = grouped[:, :, :, positions // width, positions % width]  # (N, G, C, P, kh, kw)
+        return picked.permute(1, 0, 3, 2, 4, 5).reshape(self.groups, n * len(positions), -1)
 
     def _stuffed(self, x: Tensor, kernel: tuple[int, int], zero: int) -> Tensor:
         """The input of the equivalent plain convolution: zeros between the pixels and around them."""

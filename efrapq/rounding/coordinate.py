@@ -32,7 +32,7 @@ from efrapq.rounding.threads import one_thread
 __all__ = ["Coordinate", "solve_coordinate", "solve_within"]
 
 # Where λ_E is looked for with `fidelity`: powers of two around the problem's own unit, halved so often.
-LOWEST, HIGHEST, HALVINGS = -10.0, 6.0, 5
+LOWEST, HIGHEST, HALVINGS = -8.0, 6.0, 4
 # Columns between two products inside a block.
 PANEL = 16
 
@@ -49,7 +49,7 @@ class Coordinate:
     error: str = "absolute"
     fidelity: float | None = None
     start: str = "greedy"
-    sweeps: int = 3
+    sweeps: int = 2
     block: int = 256
 
 

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_ROWS", "exact_integers", "gram_", "gram_codes_", "mirrored"]
+__all__ = ["MOST_ROWS", "exact_integers", "gram_", "gram_codes_", "mirror_"]
 
 # Columns a panel: products below the diagonal panels are never computed.
 PANEL = 512
@@ -57,6 +57,10 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """The whole symmetric matrix from its upper panels, (…, D, D)."""
-    return torch.triu(total) + torch.triu(total, 1).transpose(-1, -2)
+def mirror_(total: Tensor) -> Tensor:
+    """Fill in what was not computed below the diagonal panels, in place. total: (…, D, D)."""
+    size = total.shape[-1]
+    for a in range(0, size, PANEL):
+        b = min(a + PANEL, size)
+        total[..., b:, a:b] = total[..., a:b, b:].transpose(-1, -2)
+    return total

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from efrapq.grid import ActivationGrid, WeightGrid, grid_position
-from efrapq.rounding.gram import MOST_ROWS, gram_, gram_codes_, mirrored
+from efrapq.rounding.gram import MOST_ROWS, gram_, gram_codes_, mirror_
 from efrapq.rounding.greedy import Factor
 
 __all__ = ["Moments", "RoundingProblem", "make_problem", "quadratic_loss", "row_losses"]
@@ -78,7 +78,7 @@ class Moments:
     def mean(self) -> tuple[Tensor, Tensor, float]:
         """(H (G, D, D), g (G, O, D), c): float64 means over the rows seen."""
         n = max(self.rows, 1)
-        H = mirrored(self._h)
+        H = mirror_(self._h).clone()
         H *= (1.0 if self._code_scale is None else self._code_scale**2) / n
         return H, self._cross / n, float(self._error) / n
 

@@ -19,7 +19,7 @@ from efrapq.rounding import (
     make_problem,
     solve_coordinate,
 )
-from efrapq.rounding.gram import MOST_ROWS, PANEL, gram_, gram_codes_, mirrored
+from efrapq.rounding.gram import MOST_ROWS, PANEL, gram_, gram_codes_, mirror_
 
 INTEGERS = pytest.mark.skipif(not exact_integers(), reason="this CPU has no VNNI: codes are multiplied as float32")
 
@@ -40,7 +40,7 @@ def test_gram_is_numpy_s(groups: int, inputs: int, chunk: int) -> None:
     total = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
     for cut in cuts(rows, chunk):
         gram_(total, x[:, cut])
-    H = mirrored(total).numpy()
+    H = mirror_(total).numpy()
     xd = x.double().numpy()
     expected = xd.transpose(0, 2, 1) @ xd
     # float32 products of at most 40 rows: a few roundings, on the scale of what is summed.
@@ -55,7 +55,7 @@ def test_below_the_diagonal_panels_nothing_is_computed() -> None:
     gram_(total, torch.ones(1, 2, inputs))
     assert not total[:, PANEL:, :PANEL].any()
     assert total[:, :PANEL].eq(2).all()
-    assert mirrored(total).eq(2).all()
+    assert mirror_(total).eq(2).all()
 
 
 # Of codes.
@@ -78,7 +78,7 @@ def test_gram_of_codes_is_exact(data: st.DataObject) -> None:
     total = torch.zeros(inputs, inputs, dtype=torch.float64)
     for cut in cuts(rows, chunk):
         gram_codes_(total, torch.from_numpy(codes[cut]), zero_point)
-    assert np.array_equal(mirrored(total).numpy(), integer_gram(codes, zero_point))
+    assert np.array_equal(mirror_(total).numpy(), integer_gram(codes, zero_point))
 
 
 @INTEGERS
@@ -91,7 +91,7 @@ def test_gram_of_codes_over_panels_and_chunks(zero_point: int, inputs: int) -> N
         gram_codes_(total, torch.from_numpy(codes[cut]), zero_point)
     # In float64 NumPy for speed: below 2^53, and so exact as well.
     centred = codes.astype(np.float64) - zero_point
-    assert np.array_equal(mirrored(total).numpy(), centred.T @ centred)
+    assert np.array_equal(mirror_(total).numpy(), centred.T @ centred)
 
 
 @INTEGERS
@@ -103,7 +103,7 @@ def test_the_largest_products_fit_as_many_rows_as_are_taken(code: int) -> None:
     total = torch.zeros(3, 3, dtype=torch.float64)
     gram_codes_(total, codes, 0)
     pattern = np.array([code, 255 - code, code], dtype=np.float64)
-    assert np.array_equal(mirrored(total).numpy(), MOST_ROWS * np.outer(pattern, pattern))
+    assert np.array_equal(mirror_(total).numpy(), MOST_ROWS * np.outer(pattern, pattern))
 
 
 @INTEGERS
@@ -118,7 +118,7 @@ def test_strides_do_not_matter(rows: int, inputs: int, strides: tuple[int, int])
     codes = pool.as_strided((rows, inputs), strides)
     total = torch.zeros(inputs, inputs, dtype=torch.float64)
     gram_codes_(total, codes, 31)
-    assert np.array_equal(mirrored(total).numpy(), integer_gram(codes.numpy(), 31))
+    assert np.array_equal(mirror_(total).numpy(), integer_gram(codes.numpy(), 31))
 
 
 def test_more_rows_are_refused() -> None:
