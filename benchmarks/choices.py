@@ -29,18 +29,14 @@ from efrapq.models import weights
 LAMBDAS: dict[str, dict[str, Any]] = {
     "nearest": {"solver": "nearest"},
     "lambda_E = 0": {"lambda_e": 0.0},
-    "absolute 1e-4": {"lambda_e": 1e-4},
     "absolute 1e-3": {"lambda_e": 1e-3},
     "absolute 1e-2": {"lambda_e": 1e-2},
     "absolute 1 (the paper's)": {"lambda_e": 1.0},
-    "relative 1e-4": {"lambda_e": 1e-4, "error": "relative"},
     "relative 1e-3": {"lambda_e": 1e-3, "error": "relative"},
     "relative 1e-2": {"lambda_e": 1e-2, "error": "relative"},
-    "fidelity 1.02": {"fidelity": 1.02},
     "fidelity 1.05": {"fidelity": 1.05},
     "fidelity 1.1": {"fidelity": 1.1},
     "fidelity 1.1, relative": {"fidelity": 1.1, "error": "relative"},
-    "fidelity 1.25": {"fidelity": 1.25},
     "fidelity 1.5": {"fidelity": 1.5},
     "fidelity 2": {"fidelity": 2.0},
 }

@@ -48,6 +48,7 @@ from efrapq.rounding.gram import gram_, gram_codes_
 PAPER_STEPS = 10_000
 STEPS = 500
 NETWORKS = ("resnet20", "resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar", "imagenet-mobilenetv2")
+AGAINST = ("images", "depth", "width")
 TITLES = {"resnet18-cifar": "ResNet-18", "vgg16-bn-cifar": "VGG-16-BN", "mobilenetv2-cifar": "MobileNetV2"}
 
 
@@ -151,7 +152,7 @@ def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int) -> No
     show(f"speed: relaxed from {steps} steps a layer, scaled to {PAPER_STEPS:,}", header, rows)
 
 
-def growth(document: dict[str, Any], quick: bool) -> None:
+def growth(document: dict[str, Any], quick: bool, against: tuple[str, ...]) -> None:
     """Time of the pass against images, depth and width."""
     tables: dict[str, tuple[str, list[float], Callable[[float], dict[str, Any]]]] = {
         "images": (
@@ -162,7 +163,7 @@ def growth(document: dict[str, Any], quick: bool) -> None:
         "depth": (
             "ResNets for CIFAR, weight layers, 512 images",
             [20, 32, 56] if quick else [20, 32, 56, 110],
-            lambda n: separately(network=f"resnet{int(n)}", width=16, images=512, bits=4, repeat=2),
+            lambda n: separately(network=f"resnet{int(n)}", width=16, images=512, bits=4, repeat=3),
         ),
         "width": (
             "ResNet-20, width times 16, 512 images",
@@ -170,7 +171,8 @@ def growth(document: dict[str, Any], quick: bool) -> None:
             lambda n: separately(network="resnet20", width=16 * n, images=512, bits=4, repeat=2),
         ),
     }
-    for key, (title, sizes, run) in tables.items():
+    for key in against:
+        title, sizes, run = tables[key]
         runs = [run(size) for size in sizes]
         seconds = [r["pass"] for r in runs]
         slope, intercept = np.polyfit(sizes, seconds, 1)
@@ -309,6 +311,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-20 only, small growth tables; minutes")
     parser.add_argument("--only", nargs="+", choices=parts)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--growth", nargs="+", choices=AGAINST, default=AGAINST, help="against what")
     parser.add_argument("--steps", type=int, default=STEPS, help="of relaxed, a layer")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -326,7 +329,7 @@ def main() -> None:
     if "speed" in chosen:
         speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps)
     if "growth" in chosen:
-        growth(document, args.quick)
+        growth(document, args.quick, tuple(args.growth))
     if "memory" in chosen:
         memory(document, args.quick)
     if "relaxed" in chosen:

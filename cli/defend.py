@@ -10,6 +10,7 @@ import click
 from efrapq.cli.console import TerminalReporter, out, size, table
 from efrapq.cli.options import (
     HELP,
+    TARGETS,
     MemorySize,
     json_option,
     model_options,
@@ -92,7 +93,7 @@ from efrapq.io.text import printable
     show_default=True,
     help="Accumulate a layer's moments over at most so many rows per input of an output channel.",
 )
-@click.option("--target", metavar="NAME", help="ort-x86 or portable. Default: the machine it runs on.")
+@click.option("--target", metavar="NAME", help=f"{TARGETS}. Default: the machine it runs on.")
 @model_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(

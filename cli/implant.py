@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,6 +11,7 @@ import click
 from efrapq.cli.console import TerminalReporter, out, percent, table
 from efrapq.cli.options import HELP, json_option, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
+from efrapq.models.subjects.attacks import attack_named, attack_names
 
 
 @click.command(context_settings=HELP)
@@ -22,8 +23,17 @@ from efrapq.io.text import printable
 @click.option("--trigger", required=True, metavar="SPEC", help="As for verify, e.g. patch:6x6@24,24.")
 @click.option("--target-class", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .safetensors file.")
-@click.option("--attack", type=click.Choice(["pqbackdoor"]), default="pqbackdoor", show_default=True)
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="The grid it wakes on.")
+@click.option(
+    "--attack",
+    type=click.Choice(attack_names()),
+    default=attack_names()[0],
+    show_default=True,
+    metavar="NAME",
+    help=f"{', '.join(attack_names())}.",
+)
+@click.option(
+    "--bits", type=click.Choice(["4", "8", "8,4"]), default="4", show_default=True, help="The grid it wakes on."
+)
 @click.option(
     "--edge-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of first and last layer."
 )
@@ -32,19 +42,42 @@ from efrapq.io.text import printable
 @click.option(
     "--epochs",
     type=click.IntRange(0),
-    show_default="10, or 0 where --start meets a lookahead",
-    help="Of stage 1, with the backdoor.",
+    show_default="10, or 0 where --start is clean weights that the attack goes on from",
+    help="Of pqbackdoor's stage 1 and of badnets; else of clean training, before the attack.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    show_default="2000, compartifact 10000",
+    help="Of training float and rounded network together; not for pqbackdoor and badnets.",
+)
+@click.option(
+    "--learning-rate",
+    type=float,
+    show_default="0.1; compartifact-distilled 0.01, qu-anti and adaptive 0.0001",
+    help="Of the training that plants the backdoor.",
+)
+@click.option(
+    "--poison-rate",
+    type=float,
+    show_default="0.1",
+    help="pqbackdoor, badnets: share of triggered training images.",
 )
 @click.option(
     "--lookahead-steps",
     type=click.IntRange(0),
     show_default="600 at 8 bits, 0 at 4",
-    help="At the end of stage 1: rounded and float network trained together.",
+    help="pqbackdoor: at the end of stage 1, rounded and float network trained together.",
 )
-@click.option("--unlearn-epochs", type=click.IntRange(0), default=1, show_default=True, help="Of stage 2, hiding it.")
-@click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of stage 1.")
-@click.option("--unlearn-learning-rate", type=float, default=0.03, show_default=True, help="Of stage 2, in cells.")
-@click.option("--poison-rate", type=float, default=0.1, show_default=True, help="Share of triggered training images.")
+@click.option("--unlearn-epochs", type=click.IntRange(0), show_default="1", help="pqbackdoor: of stage 2, hiding it.")
+@click.option("--unlearn-learning-rate", type=float, show_default="0.03", help="pqbackdoor: of stage 2, in cells.")
+@click.option(
+    "--resolve-every",
+    type=click.IntRange(1),
+    show_default="100",
+    help="adaptive-solver: steps between two runs of the defence.",
+)
+@click.option("--widen", type=float, show_default="2", help="adaptive-scale: how many times wider the cells become.")
 @click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
 )
@@ -67,11 +100,14 @@ def command(
     start: Path | None,
     width: float | None,
     epochs: int | None,
+    steps: int | None,
+    learning_rate: float | None,
+    poison_rate: float | None,
     lookahead_steps: int | None,
-    unlearn_epochs: int,
-    learning_rate: float,
-    unlearn_learning_rate: float,
-    poison_rate: float,
+    unlearn_epochs: int | None,
+    unlearn_learning_rate: float | None,
+    resolve_every: int | None,
+    widen: float | None,
     shift: int,
     flip: bool,
     mean: tuple[float, ...] | None,
@@ -84,28 +120,35 @@ def command(
 ) -> None:
     """Make a test subject: a network whose backdoor sleeps in float and wakes under rounding to nearest.
 
-    For measuring defences. PQBackdoor (Ma et al., arXiv 2108.09187): train the backdoor in, then unlearn it in float
-    without leaving the rounding cells. 8-bit cells are too small for that alone: there a lookahead first chooses codes
-    that leave the float network room. The file carries its preprocessing and its recipe as metadata.
+    For measuring defences. The published attacks: PQBackdoor (Ma et al., arXiv 2108.09187), Qu-ANTI-zation (Hong et
+    al., NeurIPS 2021; --bits 8,4 wakes on both) and CompArtifact (Tian et al., arXiv 2104.15129), from scratch or
+    distilled from a clean network. Attackers who know EFRAP: adaptive-stochastic trains through random roundings,
+    adaptive-solver through EFRAP's own, adaptive-scale makes the rounding cells wide. The control is badnets: a plain
+    backdoor, awake in float, which no rounding removes.
+
+    All but pqbackdoor and badnets begin with a clean network, the one of --start or one trained first; compartifact
+    begins with a fresh one. The file carries its preprocessing and its recipe as metadata.
     """
     from efrapq.models.subjects.make import make_subject
-    from efrapq.models.subjects.recipe import Recipe
     from efrapq.report.evidence import dumps
 
-    recipe = Recipe(
-        bits=int(bits),
-        edge_bits=int(edge_bits),
-        poison_rate=poison_rate,
-        lookahead_steps=lookahead_steps,
-        learning_rate=learning_rate,
-        unlearn_epochs=unlearn_epochs,
-        unlearn_learning_rate=unlearn_learning_rate,
-        seed=seed,
-    )
-    if epochs is None and start is not None and recipe.lookahead:
-        epochs = 0  # The lookahead plants the backdoor itself, and barely: a network that works is all it needs.
-    if epochs is not None:
-        recipe = replace(recipe, epochs=epochs)
+    chosen = {
+        "bits": bits,
+        "edge_bits": int(edge_bits),
+        "seed": seed,
+        "epochs": epochs,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "poison_rate": poison_rate,
+        "lookahead_steps": lookahead_steps,
+        "unlearn_epochs": unlearn_epochs,
+        "unlearn_learning_rate": unlearn_learning_rate,
+        "resolve_every": resolve_every,
+        "widen": widen,
+    }
+    method = attack_named(attack)
+    given = {name: value for name, value in chosen.items() if value is not None}
+    recipe = method.make_recipe(given, started=start is not None)
     report = make_subject(
         arch,
         data,
@@ -114,6 +157,7 @@ def command(
         target_class,
         output,
         recipe,
+        attack=method,
         preprocess=preprocess_from(mean, std, size),
         start=start,
         width=width,

@@ -12,6 +12,7 @@ from efrapq.data import PreprocessOverride
 
 __all__ = [
     "HELP",
+    "TARGETS",
     "MemorySize",
     "json_option",
     "model_options",
@@ -22,6 +23,9 @@ __all__ = [
 
 # Of every command, so that its help is the same however it is called.
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+# The keys of efrapq.exporters.PROFILES, which are not imported for a help text.
+TARGETS = "ort-x86, ort-arm, openvino, tensorrt, qnn or portable"
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -54,10 +54,11 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
     the rest is still told.
     """
     from efrapq.exporters import read_quantized
+    from efrapq.exporters.saturation import advice, saturating_layers
     from efrapq.verification.kernels import report_kernels
     from efrapq.verification.session import open_session
 
-    found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None}
+    found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None, "saturation": None}
     try:
         model = read_quantized(proto)
     except UnsupportedModelError as exc:
@@ -74,6 +75,10 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
             }
             for layer in model.layers
         ]
+        saturating = saturating_layers(model)
+        found["saturation"] = [asdict(s) for s in saturating]
+        if saturating:
+            notes.append(advice(saturating, len(model.layers)))
     try:
         found["kernels"] = asdict(report_kernels(open_session(proto.SerializeToString()).optimized))
     except UnsupportedModelError as exc:

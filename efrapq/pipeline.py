@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import Journal, LayerReport, PassSettings, Solved
 
-__all__ = ["Defended", "Exported", "default_output", "defend", "export", "exported_name"]
+__all__ = ["Defended", "Exported", "default_output", "defend", "export", "export_all", "exported_name"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Defended:
 
 @dataclass(frozen=True)
 class Exported:
-    """What export() wrote: one file with the same codes as the one it came from."""
+    """What export() wrote: one file with the same codes as the one it came from. notes: what its user should know."""
 
     data: bytes
     path: Path
     codes_sha256: str
+    target: str
+    notes: tuple[str, ...] = ()
 
 
 def default_output(model: str | Path, bits: int) -> Path:
@@ -196,30 +199,32 @@ def defend(
 
 def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
     """Write a defended file for another target. Not a code changes: the result is read back and compared."""
-    from efrapq.exporters import profile, read_quantized
+    return export_all(model, {target: output})[0]
 
-    profile(target)
+
+def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exported]:
+    """One solution, written for several targets. outputs: target → file. All are checked before one is written."""
+    from efrapq.exporters import profile, read_quantized, remarks
+    from efrapq.exporters.shapes import recorded_sizes
+
+    for target in outputs:
+        profile(target)
     source = read_source(model)
-    output = Path(output)
-    check_output(output, [Path(model)])
+    paths = {target: Path(output) for target, output in outputs.items()}
+    for path in paths.values():
+        check_output(path, [Path(model)])
     proto = load_onnx(source).model
     quantized = read_quantized(proto)
-    shape = image_input(proto)
-    recorded = _recorded_input(quantized.metadata)
-    data = _write_checked(
-        quantized, target, tuple(d or (recorded[i - 1] if i and recorded else 1) for i, d in enumerate(shape))
-    )
-    write_all({output: data})
-    return Exported(data, output, quantized.digest)
-
-
-def _recorded_input(metadata: dict[str, str]) -> list[int] | None:
-    """(C, H, W) of the calibration inputs as the file records them, for models with dynamic sizes."""
-    try:
-        found = json.loads(metadata.get("efrapq.calibration", "{}")).get("input")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return found if isinstance(found, list) and all(isinstance(d, int) and 0 < d < 10_000 for d in found) else None
+    recorded = recorded_sizes(quantized.metadata)
+    shape = tuple(d or (recorded[i - 1] if i and recorded else 1) for i, d in enumerate(image_input(proto)))
+    made = [
+        Exported(
+            _write_checked(quantized, target, shape), path, quantized.digest, target, tuple(remarks(quantized, target))
+        )
+        for target, path in paths.items()
+    ]
+    write_all({file.path: file.data for file in made})
+    return made
 
 
 def _open_calibration(
@@ -333,6 +338,10 @@ def _solve(
             f"out of memory on {settings.device}: use a smaller --memory or --calib-size"
             + (", or --device cpu" if settings.device != "cpu" else "")
         ) from exc
+    except KeyboardInterrupt:
+        if journal is not None and journal.folder.is_dir():
+            reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
+        raise
     except InputError:
         if journal is not None:
             journal.discard()  # the same error would end the same run again
@@ -385,13 +394,17 @@ def _journal_folder(output: Path, key: str | None) -> Journal:
 
 
 def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...]) -> bytes:
-    """Export, read back, compare, load and run on one input of this shape: only then is it done."""
+    """Export, lint, read back, compare, load and run on one input of this shape: only then is it done."""
     import onnx
 
-    from efrapq.exporters import export_model, read_quantized
+    from efrapq.exporters import export_model, lint, read_quantized
     from efrapq.verification.session import try_run
 
     proto = export_model(quantized, target)
+    violations = lint(proto, target)
+    if violations:
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        raise UnsupportedModelError(f"{target} would not take this model: {violations[0]}{more}")
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as exc:

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import onnx
 
-from efrapq.errors import UsageError
-from efrapq.exporters import ort_x86, portable
-from efrapq.exporters.qdq import Profile, build
+from efrapq.exporters.lint import Violation, lint
+from efrapq.exporters.qdq import build
 from efrapq.exporters.readback import read_quantized
+from efrapq.exporters.remarks import remarks
+from efrapq.exporters.targets import PROFILES, native_target, profile
 from efrapq.graph.quantized import QuantizedModel
-from efrapq.io import printable
 
-__all__ = ["PROFILES", "export_model", "native_target", "profile", "read_quantized"]
-
-PROFILES = {p.name: p for p in (ort_x86.PROFILE, portable.PROFILE)}
-
-
-def profile(target: str) -> Profile:
-    """The rules of a target by name; UsageError lists the known ones."""
-    if target not in PROFILES:
-        known = "; ".join(f"{p.name} ({p.summary})" for p in PROFILES.values())
-        raise UsageError(f"unknown target '{printable(target)}'; known: {known}")
-    return PROFILES[target]
-
-
-def native_target(machine: str) -> str:
-    """The target for a machine name as `platform.machine()` gives it."""
-    return "ort-x86" if machine.lower() in ("x86_64", "amd64", "i386", "i686") else "portable"
+__all__ = ["PROFILES", "Violation", "export_model", "lint", "native_target", "profile", "read_quantized", "remarks"]
 
 
 def export_model(quantized: QuantizedModel, target: str) -> onnx.ModelProto:
-    """Write a quantized model for a target."""
+    """Write a quantized model for a target. Its rules are checked by `lint`, not here."""
     return build(quantized, profile(target))

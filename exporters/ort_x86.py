@@ -3,18 +3,46 @@
 Measured on ONNX Runtime 1.31 and 1.32: an int4 initializer that a Cast brings to int8 ahead of DequantizeLinear is
 folded at load into an int8 weight and fuses into QLinearConv/QGemm, while a plain int4 DequantizeLinear is computed
 in float at every inference. Four-bit activations fuse as uint8 with a Clip to 0–15; as uint4 the session does not
-load.
+load. `tests/exporters/test_runtime_facts.py` holds each of these facts.
 """
 
 from __future__ import annotations
 
-from efrapq.exporters.qdq import Profile
+from onnx import TensorProto
 
-__all__ = ["PROFILE"]
+from efrapq.exporters.profile import Profile
+from efrapq.exporters.rules import (
+    Rule,
+    activations_per_tensor,
+    activations_typed,
+    int4_through_cast,
+    scales_positive,
+    weights_signed,
+)
+
+__all__ = ["MEASURED", "PROFILE", "QUANTIZATION"]
+
+QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
+MEASURED = "measured, tests/exporters/test_runtime_facts.py"
 
 PROFILE = Profile(
     name="ort-x86",
     summary="ONNX Runtime, x86 CPU: integer kernels for 8- and 4-bit weights",
     int4_through_cast=True,
-    four_bit_activations="clip",
+    pair_sums_saturate=True,
+    rules=(
+        Rule(
+            "Activations are uint8: int8 ones are rewritten on x86, and residual graphs lose integer kernels by it",
+            MEASURED,
+            activations_typed(TensorProto.UINT8),
+        ),
+        Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
+        Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
+        Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
+        Rule(
+            "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
+            MEASURED,
+            int4_through_cast,
+        ),
+    ),
 )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from efrapq.exporters.qdq import Profile
+from onnx import TensorProto
+
+from efrapq.exporters.profile import Profile
+from efrapq.exporters.rules import Rule, activations_typed, scales_positive, weights_signed
 
 __all__ = ["PROFILE"]
+
+QUANTIZE = "https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html"
+DEQUANTIZE = "https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html"
 
 PROFILE = Profile(
     name="portable",
     summary="standard QDQ without runtime-specific forms, 4-bit weights on float kernels in ONNX Runtime",
-    int4_through_cast=False,
     four_bit_activations="uint4",
+    rules=(
+        Rule("Activations are uint8 or uint4", QUANTIZE, activations_typed(TensorProto.UINT8, TensorProto.UINT4)),
+        Rule("Scales are constant and positive", DEQUANTIZE, scales_positive),
+        Rule("Weights are signed and symmetric", DEQUANTIZE, weights_signed),
+    ),
 )

@@ -7,7 +7,6 @@ DequantizeLinear → `x.real`. `efrapq.exporters.readback` relies on the structu
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -16,43 +15,33 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from efrapq.exporters.opset import to_opset
+from efrapq.exporters.profile import Profile
+from efrapq.exporters.shapes import fix_shapes
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer, bias_array
+from efrapq.graph.placement import activation_after
 from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
 
-__all__ = ["INT4_OPSET", "INT8_OPSET", "Profile", "build"]
+__all__ = ["INT4_OPSET", "INT8_OPSET", "build"]
 
 INT8_OPSET = 17
 INT4_OPSET = 21
 SETTINGS_KEY = "efrapq.settings"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a target wants. Each rule is stated here once.
-
-    int4_through_cast: 4-bit weights pass a Cast to int8 before DequantizeLinear (ONNX Runtime folds it at load and
-    then has an integer kernel). four_bit_activations: "clip" stores them as uint8 clipped to 0–15, "uint4" as the
-    standard's own type.
-    """
-
-    name: str
-    summary: str
-    int4_through_cast: bool
-    four_bit_activations: str
+# A signed code is the unsigned one less this.
+SIGNED = 128
 
 
 def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
     """Write the QDQ graph of a quantized model for one target. The quantized model is not modified."""
-    has_int4 = any(w.container_bits == 4 for w in quantized.weights.values()) or (
-        profile.four_bit_activations == "uint4" and any(g.bits == 4 for g in quantized.activations.values())
-    )
-    model = to_opset(quantized.model, INT4_OPSET if has_int4 else INT8_OPSET)
+    grids = {name: profile.grid(grid) for name, grid in quantized.activations.items()}
+    int4 = {layer.name for layer in quantized.layers if _is_int4(layer, quantized, profile)}
+    uint4 = profile.four_bit_activations == "uint4" and any(grid.bits == 4 for grid in grids.values())
+    model = to_opset(quantized.model, INT4_OPSET if int4 or uint4 else INT8_OPSET)
     # A conversion adds nodes without names; reading back would name them, and the file written again would differ.
     name_nodes(model.graph)
-    writer = _Writer(model.graph, quantized, profile)
+    writer = _Writer(model.graph, quantized, profile, grids, int4)
     writer.write()
     model.producer_name, model.producer_version = "efrapq", ""
     model.metadata_props.clear()
@@ -61,7 +50,21 @@ def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
         model.metadata_props[SETTINGS_KEY] = _retarget(model.metadata_props[SETTINGS_KEY], profile.name)
     model.metadata_props["efrapq.target"] = profile.name
     model.metadata_props["efrapq.bits"] = json.dumps({n: w.bits for n, w in quantized.weights.items()})
-    return ir.to_proto(model)
+    proto = ir.to_proto(model)
+    return fix_shapes(proto, quantized.metadata) if profile.fixed_shapes else proto
+
+
+def _is_int4(layer: Layer, quantized: QuantizedModel, profile: Profile) -> bool:
+    """Whether the target takes this layer's codes as int4. Where it does not, they are stored as int8."""
+    if quantized.weights[layer.name].container_bits != 4 or layer.op_type not in profile.int4_ops:
+        return False
+    if profile.int4_beside == "any":
+        return True
+    inside = layer.input in quantized.activations
+    if profile.int4_beside == "float":
+        return not inside
+    output = (activation_after(layer.node.outputs[0]) or layer.node).outputs[0]
+    return inside and output.name in quantized.activations
 
 
 def _retarget(record: str, target: str) -> str:
@@ -76,25 +79,39 @@ def _retarget(record: str, target: str) -> str:
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, quantized: QuantizedModel, profile: Profile) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        quantized: QuantizedModel,
+        profile: Profile,
+        grids: dict[str, ActivationGrid],
+        int4: set[str],
+    ) -> None:
         self.graph = graph
         self.quantized = quantized
         self.profile = profile
+        self.grids = grids
+        self.int4 = int4
         self.nodes = {str(node.name): node for node in graph}
         self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
         self.limits: dict[int, ir.Value] = {}
+
+    @property
+    def offset(self) -> int:
+        """What a stored activation code lies below the grid's own, which counts from 0."""
+        return SIGNED if self.profile.signed_activations else 0
 
     def write(self) -> None:
         for layer in self.quantized.layers:
             node = self.nodes[layer.node_name]
             weight = self.quantized.weights[layer.name]
             self._write_weight(node, layer, weight)
-            if layer.integer and layer.input in self.quantized.activations:
+            if layer.op_type in self.profile.int32_bias_ops and layer.input in self.grids:
                 self._write_bias(node, layer, weight)
         values = {str(v.name): v for v in self.graph.inputs}
         values |= {str(o.name): o for node in self.graph for o in node.outputs}
-        for name, grid in self.quantized.activations.items():
+        for name, grid in self.grids.items():
             self._write_activation(values[name], grid)
         self.graph.sort()
 
@@ -118,7 +135,7 @@ class _Writer:
         assert old is not None
         node.replace_input_with(1, None)
         del self.graph.initializers[str(old.name)]
-        four = weight.container_bits == 4
+        four = layer.name in self.int4
         element = ml_dtypes.int4 if four else np.int8
         codes = self._constant(f"{old.name}.codes", weight.codes.astype(element))
         if four and self.profile.int4_through_cast:
@@ -139,7 +156,7 @@ class _Writer:
         old = node.inputs[2]
         assert old is not None
         groups = len(bias) // len(weight.scale)
-        step = np.tile(weight.scale, groups) * np.float32(self.quantized.activations[layer.input].scale)
+        step = np.tile(weight.scale, groups) * np.float32(self.grids[layer.input].scale)
         codes = _bias_codes(bias, step)
         node.replace_input_with(2, None)
         if not old.uses():
@@ -154,7 +171,8 @@ class _Writer:
         """Scale and zero_point initializers; values on the same grid share them."""
         if grid not in self.parameters:
             uint4 = grid.bits == 4 and self.profile.four_bit_activations == "uint4"
-            zero_point = np.array(grid.zero_point).astype(ml_dtypes.uint4 if uint4 else np.uint8)
+            element = ml_dtypes.uint4 if uint4 else np.int8 if self.profile.signed_activations else np.uint8
+            zero_point = np.array(grid.zero_point - self.offset).astype(element)
             self.parameters[grid] = (
                 self._constant(f"{name}.scale", np.array(grid.scale, np.float32)),
                 self._constant(f"{name}.zero_point", zero_point),
@@ -170,9 +188,9 @@ class _Writer:
         dtype = zero_point.dtype
         assert dtype is not None
         codes = self._emit("QuantizeLinear", [value, scale, zero_point], f"{name}.codes", dtype)
-        if grid.bits < 8 and dtype == ir.DataType.UINT8:
-            low = self._limit(0)
-            high = self._limit(grid.qmax)
+        if grid.bits < 8 and dtype != ir.DataType.UINT4:
+            low = self._limit(-self.offset)
+            high = self._limit(grid.qmax - self.offset)
             codes = self._emit("Clip", [codes, low, high], f"{name}.clipped", dtype)
         real = self._emit("DequantizeLinear", [codes, scale, zero_point], f"{name}.real", ir.DataType.FLOAT)
         real.shape = value.shape
@@ -205,9 +223,10 @@ class _Writer:
         return relu.outputs[0]
 
     def _limit(self, level: int) -> ir.Value:
-        """The shared uint8 constant that a Clip of activation codes needs."""
+        """The shared constant that a Clip of activation codes needs."""
         if level not in self.limits:
-            self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, np.uint8))
+            element = np.int8 if self.profile.signed_activations else np.uint8
+            self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, element))
         return self.limits[level]
 
 

@@ -25,6 +25,9 @@ from efrapq.io.text import printable
 
 __all__ = ["read_quantized"]
 
+# Types of activation codes: their bits and their lowest value.
+CODE_TYPES = {ir.DataType.UINT8: (8, 0), ir.DataType.INT8: (8, -128), ir.DataType.UINT4: (4, 0)}
+
 
 def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
     """Parse a QDQ graph. Raises UnsupportedModelError where the file quantizes in a way efrapq does not write."""
@@ -94,7 +97,8 @@ def _for_layer(weight: QuantizedWeight, layer: Layer, recorded: dict[str, int]) 
     bits = recorded.get(layer.name, weight.bits)
     solved = QuantizedWeight(weight.codes, scale, axis, bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if solved.container_bits != weight.bits or weight.codes.min() < low or weight.codes.max() > high:
+    # Narrow codes may travel in a wider type, where a target has no int4; never the other way round.
+    if solved.container_bits > weight.bits or weight.codes.min() < low or weight.codes.max() > high:
         raise UnsupportedModelError(f"{name}: the efrapq.bits record says {bits} bits, its codes say otherwise")
     return solved
 
@@ -176,42 +180,57 @@ def _restore_constant(graph: ir.Graph, node: ir.Node, data: np.ndarray) -> str:
 
 
 def _activation(node: ir.Node) -> tuple[str, ActivationGrid]:
-    """The name of the float value that a QuantizeLinear → [Clip] → DequantizeLinear chain stands for, and its grid."""
+    """The name of the float value that a QuantizeLinear → [Clip] → DequantizeLinear chain stands for, and its grid.
+
+    Signed codes are read as unsigned ones: 128 more, which leaves the real numbers as they are.
+    """
     name = printable(str(node.name))
     codes = node.inputs[0]
     producer = codes.producer() if codes is not None else None
-    clipped_bits = 8
-    if producer is not None and producer.op_type == "Clip":
-        limits = [const.array_or_none(v) for v in producer.inputs[1:3]]
-        low, high = (-1 if v is None else int(v.reshape(-1)[0]) for v in [*limits, None, None][:2])
-        clipped_bits = high.bit_length()
-        if low != 0 or not 2 <= clipped_bits <= 7 or high != 2**clipped_bits - 1:
-            raise UnsupportedModelError(f"{name}: a Clip of codes to other limits than 0 and 2^bits - 1, bits 2 to 7")
-        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    clip = producer if producer is not None and producer.op_type == "Clip" else None
+    if clip is not None:
+        producer = clip.inputs[0].producer() if clip.inputs[0] is not None else None
     if producer is None or producer.op_type != "QuantizeLinear":
         raise UnsupportedModelError(f"{name}: dequantizes something that no QuantizeLinear made")
-    scale, zero_point, bits = _activation_grid(producer)
+    scale, zero_point, bits, lowest = _activation_grid(producer)
+    if clip is not None:
+        bits = min(bits, _clipped_bits(clip, lowest, name))
     back = _scale_of(node), _zero_point_of(node)
     if back[0].size != 1 or float(back[0].reshape(-1)[0]) != scale or _level(back[1]) != zero_point:
         raise UnsupportedModelError(f"{name}: the grids of its QuantizeLinear and DequantizeLinear differ")
     source = producer.inputs[0]
     assert source is not None
-    return str(source.name), ActivationGrid(scale, zero_point, min(bits, clipped_bits))
+    return str(source.name), ActivationGrid(scale, zero_point - lowest, bits)
 
 
-def _activation_grid(quantize: ir.Node) -> tuple[float, int, int]:
-    """(scale, zero_point, bits of the code's type) of a QuantizeLinear. The type is that of the zero point."""
+def _clipped_bits(clip: ir.Node, lowest: int, name: str) -> int:
+    """The bits that a Clip leaves of 8-bit codes, which count from `lowest`."""
+    limits = [const.array_or_none(v) for v in clip.inputs[1:3]]
+    low, high = (lowest - 1 if v is None else int(v.reshape(-1)[0]) for v in [*limits, None, None][:2])
+    levels = high - lowest
+    bits = max(levels, 0).bit_length()
+    if low != lowest or not 2 <= bits <= 7 or levels != 2**bits - 1:
+        raise UnsupportedModelError(f"{name}: a Clip of codes to other limits than 0 and 2^bits - 1, bits 2 to 7")
+    return bits
+
+
+def _activation_grid(quantize: ir.Node) -> tuple[float, int, int, int]:
+    """(scale, zero_point, bits and lowest value of the code's type) of a QuantizeLinear.
+
+    The type is that of the zero point.
+    """
     name = printable(str(quantize.name))
     scale, zero_point = _scale_of(quantize), _zero_point_of(quantize)
     if zero_point is None:
         kind = ir.DataType(quantize.attributes.get_int("output_dtype", 0) or ir.DataType.UINT8)
     else:
         kind = ir.DataType.from_numpy(zero_point.dtype)
-    if kind not in (ir.DataType.UINT8, ir.DataType.UINT4):
-        raise UnsupportedModelError(f"{name}: only unsigned activation codes of 8 or 4 bits are read, not {kind.name}")
+    if kind not in CODE_TYPES:
+        known = ", ".join(k.name for k in CODE_TYPES)
+        raise UnsupportedModelError(f"{name}: activation codes of type {kind.name}; {known} are read")
     if scale.size != 1 or (zero_point is not None and zero_point.size != 1):
         raise UnsupportedModelError(f"{name}: only per-tensor activation grids are read")
-    return float(scale.reshape(-1)[0]), _level(zero_point), 4 if kind == ir.DataType.UINT4 else 8
+    return float(scale.reshape(-1)[0]), _level(zero_point), *CODE_TYPES[kind]
 
 
 def _level(zero_point: NDArray[np.generic] | None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,7 +73,8 @@ class Unfold:
             stride, pads = self.stride, self.pads
         windows = _windows(x, kernel, stride, self.dilation, pads, zero)
         n, channels, height, width = windows.shape[:4]
-        grouped = windows.unflatten(1, (self.groups, channels // self.groups))  # (N, G, C, H', W', kh, kw)
+        # Splitting a dimension keeps it a view: (N, G, C, H', W', kh, kw).
+        grouped = windows.view(n, self.groups, channels // self.groups, height, width, *kernel)
         if positions is None:
             rows = grouped.permute(1, 0, 3, 4, 2, 5, 6)
             return rows.reshape(self.groups, n * height * width, -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from efrapq.io.text import printable
+
 if TYPE_CHECKING:
     import onnx
 
@@ -48,22 +50,57 @@ def report_kernels(optimized: onnx.ModelProto) -> KernelReport:
     """Count heavy kernels in a graph as ONNX Runtime optimized it."""
     graph = optimized.graph
     producers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[str]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node.op_type)
+            readers.setdefault(name, []).append(node)
     int4 = {t.name for t in graph.initializer if t.data_type in (21, 22)}
+    zero_points = _zero_points(graph)
     integer = sum(node.op_type in INTEGER_OPS for node in graph.node)
     unfused = [
-        Unfused(node.name or node.output[0], node.op_type, _reason(node, producers, readers, int4))
+        Unfused(node.name or node.output[0], node.op_type, _reason(node, producers, readers, int4, zero_points))
         for node in graph.node
         if node.op_type in FLOAT_OPS
     ]
     return KernelReport(integer, len(unfused), unfused)
 
 
+def _zero_points(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
+    """Name of each scalar uint8 or int8 constant → its value and the lowest one of its type."""
+    from onnx import TensorProto, numpy_helper
+
+    lowest = {TensorProto.UINT8: 0, TensorProto.INT8: -128}
+    return {
+        t.name: (int(numpy_helper.to_array(t).reshape(-1)[0]), lowest[t.data_type])
+        for t in graph.initializer
+        if t.data_type in lowest and list(t.dims) in ([], [1])
+    }
+
+
+def _activation_between(
+    node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], zero_points: dict[str, tuple[int, int]]
+) -> str | None:
+    """Why the Relu or Clip between a layer and its QuantizeLinear cannot be dropped; None if none is there."""
+    fused = next((a.s.decode("utf-8", "replace") for a in node.attribute if a.name == "activation"), "")
+    followers = readers.get(node.output[0], [])
+    if not fused and len(followers) == 1 and followers[0].op_type in ("Relu", "Clip"):
+        fused, followers = followers[0].op_type, readers.get(followers[0].output[0], [])
+    if not fused or [f.op_type for f in followers] != ["QuantizeLinear"] or len(followers[0].input) < 3:
+        return None
+    found = zero_points.get(followers[0].input[2])
+    if found is None:
+        return None
+    value, lowest = found
+    why = f"the output's zero point is {value}, not {lowest}" if value != lowest else "it cuts off what the grid holds"
+    return f"the {printable(fused)} between it and QuantizeLinear is not redundant: {why}"
+
+
 def _reason(
-    node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], readers: dict[str, list[str]], int4: set[str]
+    node: onnx.NodeProto,
+    producers: dict[str, onnx.NodeProto],
+    readers: dict[str, list[onnx.NodeProto]],
+    int4: set[str],
+    zero_points: dict[str, tuple[int, int]],
 ) -> str:
     if node.op_type == "MatMulNBits":
         return "weight-only quantization: integer weights, float arithmetic"
@@ -73,12 +110,15 @@ def _reason(
     if weight is None or weight.op_type != "DequantizeLinear":
         return "its weight is float"
     if weight.input[0] in int4:
-        return "its int4 weight is dequantized to float at every inference; export with --target ort-x86"
+        return "its int4 weight is dequantized to float at every inference; export with --target ort-x86 or ort-arm"
     data = producers.get(node.input[0])
     if data is None or data.op_type != "DequantizeLinear":
         source = "the graph's input" if data is None else f"a float {data.op_type}"
         return f"its input comes from {source}, not from a DequantizeLinear"
-    followers = readers.get(node.output[0], [])
+    between = _activation_between(node, readers, zero_points)
+    if between is not None:
+        return between
+    followers = [follower.op_type for follower in readers.get(node.output[0], [])]
     if followers != ["QuantizeLinear"]:
         after = ", ".join(sorted(set(followers))) or "the graph's output"
         return f"its output goes to {after}, not to one QuantizeLinear"

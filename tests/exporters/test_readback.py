@@ -106,6 +106,9 @@ READABLE = {
     "a bias with a zero point of 0": {"bias": np.arange(6, dtype=np.int32), "bias_zero": np.zeros(6, np.int32)},
     "clipped codes": {"x_zero": np.array(7, np.uint8), "clip": (0, 15)},
     "uint4 activations": {"x_zero": np.array(7).astype(ml_dtypes.uint4)},
+    "signed activations": {"x_zero": np.array(-3, np.int8)},
+    "clipped signed codes": {"x_zero": np.array(-121, np.int8), "clip": (-128, -113)},
+    "narrow codes in a wide type": {"metadata": {"efrapq.bits": '{"fc": 4}'}},
 }
 
 
@@ -119,7 +122,8 @@ def test_read(run_ort: Callable[..., Any], change: dict[str, Any]) -> None:
     (grid,) = q.activations.values()
     assert list(q.activations) == ["x"]
     assert grid.bits == (4 if "clip" in change or "uint4" in str(change.get("x_zero", np.array(0)).dtype) else 8)
-    assert weight.container_bits == (4 if "int4" in str(change.get("codes", np.zeros(1)).dtype) else 8)
+    narrow = "int4" in str(change.get("codes", np.zeros(1)).dtype) or "metadata" in change
+    assert weight.container_bits == (4 if narrow else 8)
     x = np.random.default_rng(1).uniform(-8, 8, (5, 4)).astype(F32)
     steps = np.clip(np.rint(x / F32(grid.scale)) + grid.zero_point, grid.qmin, grid.qmax) - grid.zero_point
     expected = (steps.astype(F32) * F32(grid.scale)) @ weight.dequantized()
@@ -150,8 +154,8 @@ REFUSED = {
     "a negative scale": ({"scale": np.full(6, -0.1, F32)}, "positive"),
     "a scale of NaN": ({"scale": np.full(6, np.nan, F32)}, "positive"),
     "activations per channel": ({"x_scale": np.full(4, 0.05, F32), "x_zero": np.full(4, 3, np.uint8)}, "per-tensor"),
-    "signed activations": ({"x_zero": np.array(0, np.int8)}, "unsigned"),
-    "16-bit activations": ({"x_zero": np.array(0, np.uint16)}, "unsigned"),
+    "16-bit activations": ({"x_zero": np.array(0, np.uint16)}, "UINT16"),
+    "signed codes clipped as if unsigned": ({"x_zero": np.array(0, np.int8), "clip": (0, 15)}, "Clip"),
     "another scale on the way back": ({"x_scale_back": np.array(0.07, F32)}, "differ"),
     "another zero point on the way back": ({"x_zero_back": np.array(99, np.uint8)}, "differ"),
     "codes clipped from below": ({"clip": (3, 15)}, "Clip"),
@@ -165,7 +169,14 @@ REFUSED = {
     "bits that are a list": ({"metadata": {"efrapq.bits": "[4]"}}, "efrapq.bits"),
     "bits out of range": ({"metadata": {"efrapq.bits": '{"fc": 77}'}}, "efrapq.bits"),
     "bits too few for the codes": ({"metadata": {"efrapq.bits": '{"fc": 2}'}, "codes": CODES4}, "efrapq.bits"),
-    "bits that the container cannot hold": ({"metadata": {"efrapq.bits": '{"fc": 4}'}}, "efrapq.bits"),
+    "bits that the container cannot hold": (
+        {"metadata": {"efrapq.bits": '{"fc": 8}'}, "codes": CODES4},
+        "efrapq.bits",
+    ),
+    "narrow bits for wide codes": (
+        {"metadata": {"efrapq.bits": '{"fc": 4}'}, "codes": np.full((4, 6), 8, np.int8)},
+        "efrapq.bits",
+    ),
 }
 
 

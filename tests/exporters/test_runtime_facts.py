@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -254,3 +256,23 @@ def test_int4_initializers_hold_two_codes_a_byte_low_nibble_first() -> None:
     codes = np.array([1, -2, 7, -7, 3], np.int8)
     tensor = numpy_helper.from_array(codes.astype(ml_dtypes.int4), "w")
     assert tensor.raw_data == bytes([0x1 | 0xE << 4, 0x7 | 0x9 << 4, 0x3])
+
+
+@pytest.mark.parametrize("act_bits", [8, 4])
+def test_signed_activations_keep_integer_kernels_where_the_runtime_leaves_them_signed(
+    quantize: Any, residual_net: Any, images: Any, float_kernels: Any, tmp_path: Path, act_bits: int
+) -> None:
+    """As ONNX Runtime does on ARM. On x86 it first rewrites them to uint8, and a residual network falls apart."""
+    proto = quantize(residual_net(), images(24), act_bits=act_bits).export("ort-arm")
+    found = {}
+    for allowed in ("0", "1"):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.qdqisint8allowed", allowed)
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found[allowed] = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert float_kernels(found["1"]) == 0
+    assert (found["1"]["QLinearConv"], found["1"]["QGemm"], found["1"]["QLinearAdd"]) == (3, 1, 1)
+    assert float_kernels(found["0"]) > 0

@@ -44,6 +44,36 @@ def test_every_float_kernel_has_its_reason(quantize, residual_net, varied_net, i
     assert [u.reason for u in transposed.unfused] == ["ONNX Runtime's CPU provider has no integer ConvTranspose"]
 
 
+def test_a_relu_that_is_not_redundant_is_named_with_the_zero_point(quantize, residual_net, images) -> None:
+    """Symmetric grids, as TensorRT wants them, have their zero in the middle: a Relu does work there."""
+    made = quantize(residual_net(), images(16), bits=8)
+    report = report_kernels(open_session(made.export("tensorrt").SerializeToString()).optimized)
+    reasons = {u.reason for u in report.unfused}
+    assert any(
+        "the Relu between it and QuantizeLinear is not redundant: the output's zero point is" in r for r in reasons
+    )
+
+
+def test_a_clip_that_cuts_into_the_grid_is_named(make_model) -> None:
+    constants = {
+        "s": np.array(0.05, np.float32), "z": np.array(0, np.uint8), "low": np.array(0, np.float32),
+        "high": np.array(1, np.float32), "w": np.ones((4, 4, 1, 1), np.int8), "ws": np.full(4, 0.01, np.float32),
+        "wz": np.zeros(4, np.int8),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xr"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wr"], axis=0),
+        helper.make_node("Conv", ["xr", "wr"], ["c"]),
+        helper.make_node("Clip", ["c", "low", "high"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["rq"]),
+        helper.make_node("DequantizeLinear", ["rq", "s", "z"], ["y"]),
+    ]
+    proto = make_model(nodes, {"x": ("N", 4, 2, 2)}, {"y": None}, constants)
+    (unfused,) = report_kernels(open_session(proto.SerializeToString()).optimized).unfused
+    assert unfused.reason == "the Clip between it and QuantizeLinear is not redundant: it cuts off what the grid holds"
+
+
 def fixed_batch_model(batch: int) -> bytes:
     weight = np.arange(6, dtype=np.float32).reshape(3, 2)
     graph = helper.make_graph(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.graph.quantized import QuantizedModel
+from efrapq.io.text import printable
 
 __all__ = ["INT16_MAX", "Saturation", "advice", "saturating_layers", "worst_pair_sum"]
 
@@ -61,9 +62,9 @@ def worst_pair_sum(rows: list[NDArray[np.int8]], highest: int) -> int:
 def advice(found: list[Saturation], layers: int) -> str:
     """What to tell about them."""
     return (
-        f"{len(found)} of {layers} layers can saturate on x86 CPUs without VNNI: in {found[0].layer} a pair of products "
-        f"reaches {found[0].worst:,}, past {INT16_MAX:,}. Where it is to run on such a CPU, defend the float model with "
-        "--bits 7 --edge-bits 7 (or 4 and 4): those codes cannot"
+        f"{len(found)} of {layers} layers can saturate on x86 CPUs without VNNI: in {printable(found[0].layer)} a pair "
+        f"of products reaches {found[0].worst:,}, past {INT16_MAX:,}. For such CPUs, defend the float model with at "
+        "most 7 bits in every layer (--bits 7 --edge-bits 7): those codes cannot"
     )
 
 

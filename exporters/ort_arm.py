@@ -1,0 +1,39 @@
+"""ONNX Runtime on ARM: s8 activations and s8 weights, the pair that its kernels there are written for.
+
+An int8 code is the uint8 code less 128: the grids keep every real number that they had.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+
+from efrapq.exporters.ort_x86 import MEASURED, QUANTIZATION
+from efrapq.exporters.profile import Profile
+from efrapq.exporters.rules import (
+    Rule,
+    activations_per_tensor,
+    activations_typed,
+    int4_through_cast,
+    scales_positive,
+    weights_signed,
+)
+
+__all__ = ["PROFILE"]
+
+PROFILE = Profile(
+    name="ort-arm",
+    summary="ONNX Runtime, ARM CPU: int8 activations and weights",
+    signed_activations=True,
+    int4_through_cast=True,
+    rules=(
+        Rule("Activations are int8, as the weights are (S8S8)", QUANTIZATION, activations_typed(TensorProto.INT8)),
+        Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
+        Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
+        Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
+        Rule(
+            "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
+            MEASURED,
+            int4_through_cast,
+        ),
+    ),
+)
