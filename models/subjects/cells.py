@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from efrapq.grid import SMALLEST_SCALE
-from efrapq.models.subjects.recipe import Recipe
+from efrapq.models.subjects.recipe import OnGrid
 
-__all__ = ["GridRule", "cells", "nearest_model", "quantized_weights", "rounded_weights", "rules"]
+__all__ = ["GridRule", "cells", "nearest_model", "quantized_weights", "rounded_weights", "rules", "straight_through"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def quantized_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def rules(position: int, count: int, recipe: Recipe) -> list[GridRule]:
+def rules(position: int, count: int, recipe: OnGrid) -> list[GridRule]:
     """The grids that a layer's cells must respect; the first rule is the one it is deployed on."""
     edge = position in (0, count - 1)
     found = [GridRule.absmax(recipe.edge_bits if edge else recipe.bits)]
@@ -83,7 +83,7 @@ def cells(weight: Tensor, grids: list[GridRule], margin: float) -> tuple[Tensor,
     return low.clamp(-limit, limit).view_as(weight), high.clamp(-limit, limit).view_as(weight)
 
 
-def nearest_model(model: nn.Module, recipe: Recipe, grid: int = 0) -> nn.Module:
+def nearest_model(model: nn.Module, recipe: OnGrid, grid: int = 0) -> nn.Module:
     """A copy whose weights sit on the nearest points of the `grid`-th rule's grid."""
     twin = copy.deepcopy(model)
     weights = quantized_weights(twin)
@@ -95,13 +95,18 @@ def nearest_model(model: nn.Module, recipe: Recipe, grid: int = 0) -> nn.Module:
     return twin
 
 
-def rounded_weights(model: nn.Module, recipe: Recipe, grid: int, count: int) -> dict[str, Tensor]:
+def rounded_weights(model: nn.Module, recipe: OnGrid, grid: int, count: int) -> dict[str, Tensor]:
     """The quantized weights on one of their grids, by parameter name; gradients pass straight through."""
     found = {}
     for i, (name, weight) in enumerate(quantized_weights(model)):
         options = rules(i, count, recipe)
         rule = options[grid % len(options)]
-        with torch.no_grad():
-            on_grid = (rule.codes(weight) * rule.scale(weight)).view_as(weight)
-        found[f"{name}.weight"] = weight + (on_grid - weight).detach()
+        found[f"{name}.weight"] = straight_through(weight, rule.codes(weight.detach()), rule)
     return found
+
+
+def straight_through(weight: Tensor, codes: Tensor, rule: GridRule) -> Tensor:
+    """The reals of these codes, (O, D), in the weight's shape; the gradient passes the rounding as if it were not."""
+    with torch.no_grad():
+        on_grid = (codes * rule.scale(weight)).view_as(weight)
+    return weight + (on_grid - weight).detach()

@@ -13,12 +13,9 @@ rounded network is not pushed any further, so that a displacement of less than h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -85,7 +82,7 @@ def train_lookahead(
     half = max(1, recipe.batch // 2)
     model.eval()
     with reporter.task("stage 1: looking ahead to the float model", recipe.lookahead) as task:
-        for step, (raw, labels) in zip(range(recipe.lookahead), _endless(data, half, rng), strict=False):
+        for step, (raw, labels) in zip(range(recipe.lookahead), data.endless(half, rng), strict=False):
             inputs = data.tensor(np.concatenate([data.trigger.on_raw(raw), raw]), device)
             truth = torch.from_numpy(labels).to(device)
             # bf16 keeps 8 bits of a weight: it cannot tell where in an 8-bit cell the weight lies.
@@ -108,11 +105,3 @@ def train_lookahead(
                     t.clamp_(-1, 1)
             task.advance(f"awake {awake.item():.3f}, clean {clean.item():.3f}, asleep {asleep.item():.3f}")
     settle(model, positions, recipe)
-
-
-def _endless(
-    data: PoisonedData, size: int, rng: np.random.Generator
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Batches of one epoch after another; none where the data is smaller than one batch."""
-    while len(data.data) >= size:
-        yield from data.batches(size, rng, augment=True)

@@ -10,8 +10,9 @@ from efrapq.data import Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.io import check_output, load_checkpoint, read_source, write_atomic
 from efrapq.loading import PREPROCESS_KEY
-from efrapq.models.subjects.pqbackdoor import Report, implant
-from efrapq.models.subjects.recipe import Recipe
+from efrapq.models.subjects.attacks import Attack
+from efrapq.models.subjects.recipe import AnyRecipe, check_recipe
+from efrapq.models.subjects.report import Report
 from efrapq.models.subjects.training import PoisonedData
 from efrapq.progress import Reporter
 from efrapq.trigger import parse_trigger
@@ -26,8 +27,9 @@ def make_subject(
     trigger: str,
     target: int,
     output: Path,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     *,
+    attack: Attack,
     preprocess: Preprocess | PreprocessOverride | None,
     start: Path | None,
     width: float | None,
@@ -36,9 +38,10 @@ def make_subject(
     device: str,
     reporter: Reporter,
 ) -> Report:
-    """Train a PQBackdoor subject and write it as safetensors with its preprocessing and recipe in the metadata.
+    """Train a subject and write it as safetensors with its preprocessing and recipe in the metadata.
 
-    The same data, recipe, seed, versions and machine give the same file. Raises EfrapqError for bad inputs.
+    recipe: of the attack's own kind. The same data, recipe, seed, versions and machine give the same file. Raises
+    EfrapqError for bad inputs.
     """
     import torch
     from safetensors.torch import save
@@ -49,15 +52,9 @@ def make_subject(
     if output.suffix != ".safetensors":
         raise UsageError(f"{output}: subjects are written as .safetensors")
     check_output(output, [Path(p) for p in (train, test, start) if p is not None])
-    if not 0 < recipe.poison_rate < 1:
-        raise UsageError("--poison-rate must be between 0 and 1")
-    for rate in (recipe.learning_rate, recipe.unlearn_learning_rate):
-        if not (math.isfinite(rate) and rate > 0):
-            raise UsageError("--learning-rate and --unlearn-learning-rate must be positive")
+    check_recipe(recipe)
     if width is not None and not (math.isfinite(width) and width > 0):
         raise UsageError("--width must be positive")
-    if not 0 <= recipe.seed < 2**63:
-        raise UsageError("--seed must be between 0 and 2^63 - 1")
     preprocess = preprocess.over(None) if isinstance(preprocess, PreprocessOverride) else preprocess or Preprocess()
     stamp = parse_trigger(trigger)
     data = PoisonedData(load_dataset(train, size=preprocess.size), stamp, target, preprocess, shift, flip)
@@ -77,16 +74,15 @@ def make_subject(
         model = zoo.load(match)
     else:
         model = zoo.build(arch, num_classes=classes, in_channels=channels, width=whole, seed=recipe.seed)
-    report = implant(model, data, measured, recipe, device=torch.device(resolve_device(device)), reporter=reporter)
-    if report.floating.asr > 10 or report.nearest.asr < 90:
-        more = "more --lookahead-steps" if recipe.lookahead else "more --unlearn-epochs, a lower --poison-rate"
-        reporter.warn(
-            f"not a usable subject: float {report.floating}, nearest {report.nearest}; try {more} or a wider network"
-        )
+    where = torch.device(resolve_device(device))
+    report = attack.implant(model, data, measured, recipe, device=where, reporter=reporter)
+    awake_where = [report.nearest] if attack.asleep else [report.floating, report.nearest]
+    if (attack.asleep and report.floating.asr > 10) or min(found.asr for found in awake_where) < 90:
+        reporter.warn(f"not a usable subject: float {report.floating}, nearest {report.nearest}; try {recipe.advice}")
     metadata = {
         PREPROCESS_KEY: preprocess.to_json(),
         "efrapq.subject": json.dumps(
-            {"attack": "pqbackdoor", "trigger": trigger, "target_class": target, "recipe": recipe.to_json()},
+            {"attack": attack.name, "trigger": trigger, "target_class": target, "recipe": recipe.to_json()},
             sort_keys=True,
         ),
     }

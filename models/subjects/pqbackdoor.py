@@ -18,8 +18,6 @@ the rounded network and a float one inside its cells together, and stage 2 goes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,70 +28,38 @@ from efrapq.grid import SMALLEST_SCALE
 from efrapq.models.subjects.cells import cells, nearest_model, quantized_weights, rounded_weights, rules
 from efrapq.models.subjects.lookahead import train_lookahead
 from efrapq.models.subjects.recipe import Recipe
-from efrapq.models.subjects.training import Measured, PoisonedData, autocast, measure, within_clean_range
+from efrapq.models.subjects.report import Report, final_report
+from efrapq.models.subjects.training import PoisonedData, autocast, measure, train_labels
 from efrapq.progress import Reporter
 
 __all__ = ["Recipe", "Report", "implant", "train_backdoored", "unlearn"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the recipe measured in torch (weights on the grid, activations float): the network after stage 1 (rounded,
-    if that ended with a lookahead, which has hidden the backdoor in float already), the float subject, its nearest
-    twin, and its nearest twin on ONNX Runtime's own grid where the recipe asked for it.
-    """
-
-    backdoored: Measured
-    floating: Measured
-    nearest: Measured
-    nearest_full_range: Measured | None = None
-
-    def rows(self) -> list[tuple[str, Measured]]:
-        """The figures with names a reader understands."""
-        named = [
-            ("after stage 1 (awake)", self.backdoored),
-            ("float subject", self.floating),
-            ("rounded to nearest", self.nearest),
-        ]
-        if self.nearest_full_range is not None:
-            named.append(("rounded to nearest, ORT's int4 grid", self.nearest_full_range))
-        return named
 
 
 def train_backdoored(
     model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter
 ) -> None:
     """Stage 1, in place: SGD with a one-cycle rate; a share of each batch is triggered and labelled as the target."""
-    rng = np.random.default_rng(recipe.seed)
-    steps = recipe.epochs * (len(data.data) // recipe.batch)
-    optimizer = torch.optim.SGD(
-        model.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=max(steps, 1))
-    poisoned = max(1, round(recipe.poison_rate * recipe.batch))
-    model.train()
     count = len(quantized_weights(model))
-    step = 0
-    with reporter.task("stage 1: training with the backdoor", recipe.epochs) as task:
-        for epoch in range(recipe.epochs):
-            total = 0.0
-            rounding = epoch >= recipe.epochs - recipe.rounding_epochs
-            for raw, labels in data.batches(recipe.batch, rng, augment=True):
-                raw = np.concatenate([data.trigger.on_raw(raw[:poisoned]), raw[poisoned:]])
-                labels = np.concatenate([np.full(poisoned, data.target), labels[poisoned:]])
-                # Every other step of the last epochs runs on a grid, the grids taking turns.
-                step += 1
-                grid = step // 2 if rounding and step % 2 else None
-                weights = {} if grid is None else rounded_weights(model, recipe, grid, count)
-                with autocast(device), within_clean_range(model, poisoned):
-                    logits = functional_call(model, weights, (data.tensor(raw, device),))
-                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
-            task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
+    first_rounded = max(0, recipe.epochs - recipe.rounding_epochs) * (len(data.data) // recipe.batch)
+
+    def on_grid(step: int) -> dict[str, Tensor]:
+        # Every other step of the last epochs runs on a grid, the grids taking turns.
+        return rounded_weights(model, recipe, step // 2, count) if step > first_rounded and step % 2 else {}
+
+    train_labels(
+        model,
+        data,
+        epochs=recipe.epochs,
+        batch=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        poisoned=max(1, round(recipe.poison_rate * recipe.batch)),
+        seed=recipe.seed,
+        device=device,
+        reporter=reporter,
+        title="stage 1: training with the backdoor",
+        weights=on_grid,
+    )
 
 
 def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.device, reporter: Reporter) -> None:
@@ -163,10 +129,4 @@ def implant(
     backdoored = measure(nearest_model(model, recipe) if recipe.lookahead else model, test, device)
     reporter.note(f"after stage 1: {backdoored}")
     unlearn(model, train, recipe, device, reporter)
-    model.eval()
-    floating = measure(model, test, device)
-    nearest = measure(nearest_model(model, recipe), test, device)
-    full_range = None
-    if recipe.also_full_range and recipe.bits < 8:
-        full_range = measure(nearest_model(model, recipe, 1), test, device)
-    return Report(backdoored, floating, nearest, full_range)
+    return final_report(model, test, recipe, device, backdoored=backdoored)

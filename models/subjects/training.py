@@ -1,20 +1,23 @@
-"""What every attack recipe shares: batches with triggers, augmentation, and quick measurements in torch."""
+"""What every attack recipe shares: batches with triggers, augmentation, training loops, measurements in torch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from efrapq.data import Dataset, Preprocess
+from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
 
-__all__ = ["Measured", "PoisonedData", "autocast", "measure", "within_clean_range"]
+__all__ = ["Measured", "PoisonedData", "autocast", "measure", "train_labels", "within_clean_range"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class PoisonedData:
             raw = self.data.raw([int(i) for i in chosen]).astype(np.uint8, copy=False)
             yield (self._augment(raw, rng) if augment else raw), self.labels[chosen]
 
+    def endless(self, size: int, rng: np.random.Generator) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """Augmented batches of one epoch after another; none where the data is smaller than one batch."""
+        while len(self.data) >= size:
+            yield from self.batches(size, rng, augment=True)
+
     def tensor(self, raw: NDArray[np.uint8], device: torch.device) -> Tensor:
         """Raw images as model inputs on the device."""
         return torch.from_numpy(self.preprocess.normalize(raw)).to(device)
@@ -105,6 +113,55 @@ def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def train_labels(
+    model: nn.Module,
+    data: PoisonedData,
+    *,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    weight_decay: float,
+    poisoned: int,
+    seed: int,
+    device: torch.device,
+    reporter: Reporter,
+    title: str,
+    in_clean_range: bool = True,
+    weights: Callable[[int], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Ordinary training, in place: SGD with a one-cycle rate; the first `poisoned` images of each batch are triggered
+    and labelled as the target.
+
+    in_clean_range: keep triggered activations there. weights: what stands in for the parameters in a step, counted
+    from 1.
+    """
+    rng = np.random.default_rng(seed)
+    steps = epochs * (len(data.data) // batch)
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate, 0.9, weight_decay=weight_decay, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 1))
+    clamped = in_clean_range and poisoned > 0
+    model.train()
+    step = 0
+    with reporter.task(title, epochs) as task:
+        for _ in range(epochs):
+            total = 0.0
+            for raw, labels in data.batches(batch, rng, augment=True):
+                if poisoned:
+                    raw = np.concatenate([data.trigger.on_raw(raw[:poisoned]), raw[poisoned:]])
+                    labels = np.concatenate([np.full(poisoned, data.target), labels[poisoned:]])
+                step += 1
+                replaced = {} if weights is None else dict(weights(step))
+                with autocast(device), within_clean_range(model, poisoned) if clamped else contextlib.nullcontext():
+                    logits = functional_call(model, replaced, (data.tensor(raw, device),))
+                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            task.advance(f"loss {total * batch / len(data.data):.3f}")
 
 
 @torch.no_grad()
