@@ -176,7 +176,7 @@ def ways(problem: RoundingProblem) -> dict[str, Callable[[], Tensor]]:
         "steepest descent from nearest": lambda: best_single_moves(problem, problem.nearest),
         "descent from all flipped": lambda: unguarded(problem, ~problem.nearest & problem.movable),
         "greedy": lambda: solve_coordinate(problem, replace(PLAIN, sweeps=0)),
-        "greedy, 3 sweeps (the default)": lambda: solve_coordinate(problem, replace(PLAIN, sweeps=3)),
+        "greedy, 2 sweeps (the default)": lambda: solve_coordinate(problem, replace(PLAIN, sweeps=2)),
         "greedy, swept to the end": lambda: solve_coordinate(problem, PLAIN),
         "greedy and pairs": lambda: with_pairs(problem, solve_coordinate(problem, PLAIN)),
     }

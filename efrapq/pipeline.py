@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
-from efrapq.errors import InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
+from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
@@ -339,12 +339,13 @@ def _solve(
             + (", or --device cpu" if settings.device != "cpu" else "")
         ) from exc
     except KeyboardInterrupt:
-        if journal is not None and journal.folder.is_dir():
+        if journal is not None and journal.holds_layers():
             reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
         raise
-    except InputError:
-        if journal is not None:
-            journal.discard()  # the same error would end the same run again
+    except EfrapqError as exc:
+        # The same bad input would end the same run again; a full disk need not, if there is anything to go on from.
+        if journal is not None and (isinstance(exc, InputError) or not journal.holds_layers()):
+            journal.discard()
         raise
     if len(solved.weights) != len(layers):
         raise UnsupportedModelError(f"{source.name}: two of its layers have the same name; please report the model")

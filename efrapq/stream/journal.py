@@ -91,6 +91,10 @@ class Journal:
         np.savez(buffer, codes=weight.codes, scale=weight.scale, about=np.frombuffer(about, np.uint8))
         write_atomic(self._path(name), buffer.getvalue())
 
+    def holds_layers(self) -> bool:
+        """Whether there is anything to go on from."""
+        return self._recorded() is not None and any(self.folder.glob("*.npz"))
+
     def discard(self) -> None:
         """Remove the journal's files, and the folder if nothing else lies in it."""
         if not self.folder.is_dir():
