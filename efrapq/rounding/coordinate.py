@@ -60,12 +60,12 @@ def solve_coordinate(problem: RoundingProblem, settings: Coordinate, start: Tens
     problem's device.
     """
     descent = _Descent(problem, settings)
-    if start is not None:
+    if start is None:
+        up = descent.first(settings.lambda_e)
+    else:
         # A copy even where the transposed strides happen to be contiguous (O = 1): it is flipped in place.
         up = start.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        up, _ = descent.descend(up, settings.lambda_e, settings.sweeps)
-    else:
-        up, _ = descent.descend(descent.first(settings.lambda_e), settings.lambda_e, settings.sweeps)
+    up, _ = descent.descend(up, settings.lambda_e, settings.sweeps)
     return up.transpose(1, 2).contiguous()
 
 
