@@ -273,6 +273,8 @@ def _describe(source: FloatModel) -> str:
 
 def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> dict[str, Any]:
     """What the file and the evidence say of how the codes were chosen."""
+    from efrapq.rounding import Coordinate, Relaxed
+
     rounding = settings.solver
     recorded: dict[str, Any] = {
         "bits": settings.bits,
@@ -285,11 +287,12 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
         "seed": settings.seed,
         "target": target,
     }
-    if rounding is not None:
-        chosen = getattr(rounding, "fidelity", None)
-        recorded |= {"error": rounding.error}
-        recorded |= {"lambda_e": rounding.lambda_e} if chosen is None else {"fidelity": chosen}
-        recorded |= {"steps": rounding.steps} if hasattr(rounding, "steps") else {}
+    if isinstance(rounding, Coordinate) and rounding.fidelity is not None:
+        recorded |= {"error": rounding.error, "fidelity": rounding.fidelity}
+    elif rounding is not None:
+        recorded |= {"error": rounding.error, "lambda_e": rounding.lambda_e}
+    if isinstance(rounding, Relaxed):
+        recorded["steps"] = rounding.steps
     return recorded
 
 
