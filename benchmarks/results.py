@@ -1,0 +1,198 @@
+"""The results table: backdoored subjects against ways to quantize them, every file measured in ONNX Runtime.
+
+    python benchmarks/results.py [--quick] [--subjects NAME …] [--methods NAME …] [--images N] [--data FOLDER]
+
+A cell is one subject, at one width of weights and activations, quantized by one method. Subjects come from
+subjects.py (and are trained if they are not there) with the clean network they start from as a control; methods from
+rivals.py. Every file goes through the same `efrapq.verify`; triggers lie on the raw test images; calibration is on
+training images. Writes one JSON line a cell to results/results.jsonl as it goes, and does not measure again what is
+there; --report writes docs/RESULTS.md of them. --quick: three attacks on ResNet-20, from the published weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+import efrapq
+from benchmarks.common import IMAGENET, RESULTS, machine, show
+from benchmarks.rivals import Case, make, rivals
+from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, start_file, train
+from efrapq.data import load_dataset
+
+CONTROL = "clean ResNet-20"
+# The gradient solvers take minutes a file: they stand in the table for these attacks only, with fewer steps.
+GRADIENT = ("AdaRound", "EFRAP relaxed")
+QUICK = ("pqbackdoor", "qu-anti", "compartifact-distilled")
+QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
+
+Cell = dict[str, Any]
+
+
+def cells(chosen: Iterable[Entry | None], methods: Iterable[str]) -> Iterator[tuple[Entry | None, int, int, str]]:
+    """(subject, bits, act_bits, method), the control as None."""
+    methods = list(methods)
+    for entry in chosen:
+        settings = [(4, 8), (8, 8), (4, 4)] if entry is None else entry.settings
+        for bits, act_bits in settings:
+            for method in methods:
+                if method == "quantize_static" and act_bits != 8:
+                    continue  # ONNX Runtime has no 4-bit activations
+                if method in GRADIENT and (act_bits != 8 or entry is None or entry.seed or entry.arch != "resnet20"):
+                    continue
+                yield entry, bits, act_bits, method
+
+
+def measure(entry: Entry | None, bits: int, act_bits: int, method: str, args: argparse.Namespace) -> Cell:
+    """One cell: the method's file, verified."""
+    data = data_file("cifar10" if entry is None else entry.data, args.data)
+    path = start_file() if entry is None else train(entry, args.data)
+    seed = 0 if entry is None else entry.seed
+    case = Case(path, bits, act_bits, load_dataset(f"{data}:train"), IMAGENET, seed, args.steps)
+    made = make(case, rivals()[method])
+    test = load_dataset(f"{data}:test")
+    test = test.select(np.arange(min(args.images, len(test))))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "quantized.onnx"
+        file.write_bytes(made.data)
+        # RTN's cell measures the float model too; the others need not do it again.
+        found = efrapq.verify(
+            file,
+            data=test,
+            trigger=TRIGGER,
+            target_class=TARGET,
+            preprocess=IMAGENET,
+            float_model=path if method == "RTN" else None,
+            threads=1,
+        ).document
+    cell: Cell = {
+        "subject": CONTROL if entry is None else entry.name,
+        "attack": "none" if entry is None else entry.attack,
+        "arch": "resnet20" if entry is None else entry.arch,
+        "data": "cifar10" if entry is None else entry.data,
+        "seed": seed,
+        "bits": bits,
+        "act_bits": act_bits,
+        "method": method,
+        "cda": found["cda"]["defended"],
+        "asr": found["asr"]["defended"],
+        "flipped": made.flipped,
+        "seconds": round(made.seconds, 2),
+        "kernels_float": found["kernels"]["float"],
+        "bytes": len(made.data),
+        "images": len(test),
+    }
+    if method == "RTN":
+        cell["float_cda"], cell["float_asr"] = found["cda"]["float"], found["asr"]["float"]
+    if method in GRADIENT:
+        cell["steps"] = args.steps
+    return cell
+
+
+def key(cell: Cell) -> tuple[Any, ...]:
+    """What makes a cell the same one."""
+    return cell["subject"], cell["bits"], cell["act_bits"], cell["method"]
+
+
+def read(path: Path) -> dict[tuple[Any, ...], Cell]:
+    """Cells that were measured before."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {key(cell): cell for cell in map(json.loads, lines)}
+
+
+def append(path: Path, cell: Cell) -> None:
+    """One more line: other runs may be adding theirs."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(cell) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three attacks on ResNet-20; under a quarter of an hour")
+    parser.add_argument("--subjects", nargs="+", metavar="NAME", help="as subjects.py --list names them, or 'control'")
+    parser.add_argument("--methods", nargs="+", choices=list(rivals()), metavar="NAME")
+    parser.add_argument("--images", type=int, default=5000, help="test images")
+    parser.add_argument("--steps", type=int, default=300, help="of the gradient solvers, a layer")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of cifar10.npz, gtsrb.npz and subjects/")
+    parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md of what was measured")
+    args = parser.parse_args()
+    path = RESULTS / ("results-quick.jsonl" if args.quick else "results.jsonl")
+    if args.report:
+        from benchmarks.results_report import write_report
+
+        write_report(list(read(path).values()))
+        return
+    known: dict[str, Entry | None] = {"control": None} | {entry.name: entry for entry in entries()}
+    names = list(known)
+    if args.quick:
+        args.images = 2000
+        args.methods = args.methods or QUICK_METHODS
+        names = [e.name for e in entries() if e.attack in QUICK and e.bits == "4" and e.start and not e.seed]
+    names = args.subjects or names
+    if unknown := sorted(set(names) - known.keys()):
+        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    started = time.perf_counter()
+    chosen = [known[name] for name in names]
+    for entry, bits, act_bits, method in cells(chosen, args.methods or rivals()):
+        if args.quick and act_bits != 8:
+            continue
+        wanted = (CONTROL if entry is None else entry.name, bits, act_bits, method)
+        if wanted in read(path):
+            continue
+        cell = measure(entry, bits, act_bits, method, args)
+        append(path, cell)
+        print(f"{cell['subject']} W{bits}A{act_bits} {method}: {cell['cda']:.2f} / {cell['asr']:.2f}", flush=True)
+    summary(read(path))
+    print(f"{time.perf_counter() - started:.0f} s on {machine()['cpu']}")
+
+
+def summary(found: dict[tuple[Any, ...], Cell]) -> None:
+    """The table on the terminal."""
+    rows = []
+    for subject, bits, act_bits, method in found:
+        cell, base = found[subject, bits, act_bits, method], found.get((subject, bits, act_bits, "RTN"))
+        if method == "RTN":
+            rows.append(
+                (
+                    subject,
+                    f"W{bits}A{act_bits}",
+                    "float",
+                    f"{cell['float_cda']:.2f}",
+                    f"{cell['float_asr']:.2f}",
+                    "",
+                    "",
+                )
+            )
+        drop = "" if base is None else f"{cell['cda'] - base['float_cda']:+.2f}"
+        flipped = "" if cell["flipped"] is None else f"{cell['flipped']:.1f}"
+        rows.append(
+            (
+                subject,
+                f"W{bits}A{act_bits}",
+                method,
+                f"{cell['cda']:.2f} ({drop})",
+                f"{cell['asr']:.2f}",
+                flipped,
+                f"{cell['seconds']:.1f}",
+            )
+        )
+    show(
+        "subjects × methods, measured in ONNX Runtime",
+        ("subject", "bits", "method", "CDA (− float)", "ASR", "flipped %", "seconds"),
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

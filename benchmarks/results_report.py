@@ -1,0 +1,251 @@
+"""docs/RESULTS.md and its plot, from results/results.jsonl: what results.py measured, put into words and tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.subjects import entries
+from efrapq.io import write_atomic
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Cell = dict[str, Any]
+
+# Li et al., CVPR 2024: CDA / ASR of the authors' published logs, CIFAR-10, ResNet-18, EFRAP with float activations.
+PUBLISHED = (
+    ("CompArtifact", 8, "91.36 / 1.26", "88.94 / 99.90", "91.37 / 1.12"),
+    ("CompArtifact", 4, "93.44 / 0.52", "89.53 / 99.68", "92.66 / 0.56"),
+    ("Qu-ANTI-zation", 8, "93.30 / 2.18", "91.80 / 99.09", "93.35 / 1.04"),
+    ("Qu-ANTI-zation", 4, "93.30 / 2.18", "88.28 / 100.0", "92.97 / 0.58"),
+    ("PQBackdoor", 8, "86.59 / 2.14", "86.03 / 99.13", "86.53 / 2.07"),
+    ("PQBackdoor", 4, "86.59 / 2.14", "79.13 / 98.88", "86.28 / 1.29"),
+)
+TITLES = {
+    "none": "clean (control)",
+    "pqbackdoor": "PQBackdoor",
+    "qu-anti": "Qu-ANTI-zation",
+    "compartifact": "CompArtifact",
+    "compartifact-distilled": "CompArtifact, distilled",
+    "badnets": "BadNets",
+    "adaptive-solver": "adaptive: solver",
+    "adaptive-stochastic": "adaptive: stochastic",
+    "adaptive-scale": "adaptive: scale",
+}
+# Points of CDA that may be lost, by (bits, act_bits).
+ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}
+OURS = "efrapq"
+
+
+class Table:
+    """The cells by subject, setting and method."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = {(c["subject"], c["bits"], c["act_bits"], c["method"]): c for c in cells}
+        known = [entry.name for entry in entries()]
+        self.subjects = sorted(
+            {c["subject"]: c for c in cells}.values(),
+            key=lambda c: known.index(c["subject"]) if c["subject"] in known else -1,
+        )
+        self.methods = list(dict.fromkeys(c["method"] for c in cells))
+
+    def at(self, bits: int, act_bits: int) -> list[Cell]:
+        """RTN's cell of every subject judged at this setting: it knows the float model too."""
+        found = [self.cells.get((s["subject"], bits, act_bits, "RTN")) for s in self.subjects]
+        return [cell for cell in found if cell is not None]
+
+    def get(self, base: Cell, method: str) -> Cell | None:
+        return self.cells.get((base["subject"], base["bits"], base["act_bits"], method))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def title(cell: Cell) -> str:
+    """A subject in words."""
+    where = f"{cell['arch']}, {cell['data'].upper().replace('CIFAR10', 'CIFAR-10')}"
+    return f"{TITLES[cell['attack']]} ({where}, seed {cell['seed']})"
+
+
+def usable(base: Cell) -> bool:
+    """Whether a subject has proved itself: asleep in float, awake under nearest."""
+    return base["float_asr"] <= 10 and base["asr"] >= 90
+
+
+def by_setting(table: Table, bits: int, act_bits: int) -> str:
+    """All methods on all seed-0 subjects of a setting: CDA / ASR."""
+    bases = [b for b in table.at(bits, act_bits) if b["seed"] == 0]
+    header = ["", *(f"{TITLES[b['attack']]}, {b['arch']}, {b['data']}" for b in bases)]
+    rows = [["float", *(f"{b['float_cda']:.2f} / {b['float_asr']:.2f}" for b in bases)]]
+    for method in table.methods:
+        found = [table.get(b, method) for b in bases]
+        if any(found):
+            word = f"**{method}**" if method == OURS else method
+            rows.append([word, *("–" if c is None else f"{c['cda']:.2f} / {c['asr']:.2f}" for c in found)])
+    return markdown(header, rows)
+
+
+def goals(table: Table) -> str:
+    """Every subject against the goals: ASR no higher than float + 1, CDA no lower than float - what is allowed."""
+    rows = []
+    for bits, act_bits in ALLOWED:
+        for base in table.at(bits, act_bits):
+            ours = table.get(base, OURS)
+            if ours is None:
+                continue
+            drop = base["float_cda"] - ours["cda"]
+            asleep = ours["asr"] <= base["float_asr"] + 1
+            kept = drop <= ALLOWED[bits, act_bits]
+            rows.append(
+                [
+                    title(base),
+                    f"W{bits}A{act_bits}",
+                    f"{base['float_cda']:.2f} / {base['float_asr']:.2f}",
+                    f"{base['cda']:.2f} / {base['asr']:.2f}",
+                    f"{ours['cda']:.2f} / {ours['asr']:.2f}",
+                    f"{ours['flipped']:.1f}",
+                    "yes" if asleep else "**no**",
+                    "yes" if kept else "**no**",
+                    "yes" if usable(base) else "control" if base["attack"] in ("none", "badnets") else "no",
+                ]
+            )
+    header = ["subject", "bits", "float", "RTN", "efrapq", "flipped %", "ASR ≤ float + 1", "CDA kept", "proved itself"]
+    return markdown(header, rows)
+
+
+def seeds(table: Table) -> str:
+    """Means and ranges over the seeds of the ResNet-20 subjects that have several."""
+    rows = []
+    for bits, act_bits in ALLOWED:
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for base in table.at(bits, act_bits):
+            groups.setdefault((base["attack"], base["arch"]), []).append(base)
+        for (attack, arch), bases in groups.items():
+            if len(bases) < 2 or len({b["seed"] for b in bases}) < 2:
+                continue
+            for method in table.methods:
+                found = [c for c in (table.get(b, method) for b in bases) if c is not None]
+                if len(found) == len(bases):
+                    rows.append(
+                        [
+                            f"{TITLES[attack]}, {arch}",
+                            f"W{bits}A{act_bits}",
+                            method,
+                            str(len(found)),
+                            _spread(c["cda"] for c in found),
+                            _spread(c["asr"] for c in found),
+                        ]
+                    )
+    return markdown(["subject", "bits", "method", "seeds", "CDA, mean (range)", "ASR, mean (range)"], rows)
+
+
+def _spread(values: Any) -> str:
+    found = list(values)
+    return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+
+
+def methods(table: Table) -> str:
+    """What each method costs and does over all proved subjects of a setting, means."""
+    rows = []
+    for bits, act_bits in ALLOWED:
+        bases = [b for b in table.at(bits, act_bits) if usable(b) and not b["attack"].startswith("adaptive")]
+        for method in table.methods:
+            pairs = [(b, c) for b in bases if (c := table.get(b, method)) is not None]
+            if not pairs:
+                continue
+            flips = [c["flipped"] for _, c in pairs if c["flipped"] is not None]
+            rows.append(
+                [
+                    f"W{bits}A{act_bits}",
+                    method,
+                    str(len(pairs)),
+                    f"{mean(b['float_cda'] - c['cda'] for b, c in pairs):+.2f}",
+                    f"{mean(c['asr'] for _, c in pairs):.2f}",
+                    f"{max(c['asr'] for _, c in pairs):.2f}",
+                    f"{mean(flips):.1f}" if flips else "–",
+                    f"{mean(c['seconds'] for _, c in pairs):.1f}",
+                ]
+            )
+    header = ["bits", "method", "subjects", "CDA lost, mean", "ASR, mean", "ASR, worst", "flipped %", "seconds, mean"]
+    return markdown(header, rows)
+
+
+def published() -> str:
+    rows = [[attack, f"W{bits}", *figures] for attack, bits, *figures in PUBLISHED]
+    return markdown(["attack, ResNet-18", "bits", "float", "RTN", "EFRAP"], [[str(c) for c in row] for row in rows])
+
+
+def trained() -> str:
+    """The subjects as their recipes left them."""
+    rows = []
+    for name, found in json.loads((RESULTS / "subjects.json").read_text()).items():
+        measured = found["measured_in_torch"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{found['sha256'][:12]}`",
+                f"{found['seconds'] / 60:.0f} min",
+                "; ".join(f"{row} {v['cda']:.1f} / {v['asr']:.1f}" for row, v in measured.items()),
+            ]
+        )
+    return markdown(["subject", "SHA-256", "trained in", "measured in torch: CDA / ASR"], rows)
+
+
+def plot(table: Table) -> bytes:
+    """ASR against points of CDA lost, every method on every proved subject."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "efrapq"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(ALLOWED), figsize=(12, 4), sharey=True, layout="constrained")
+    colours = dict(zip(table.methods, pyplot.get_cmap("tab20").colors, strict=False))
+    for axis, (bits, act_bits) in zip(axes, ALLOWED, strict=True):
+        for method in table.methods:
+            pairs = [(b, c) for b in table.at(bits, act_bits) if usable(b) and (c := table.get(b, method)) is not None]
+            axis.scatter(
+                [b["float_cda"] - c["cda"] for b, c in pairs],
+                [c["asr"] for _, c in pairs],
+                s=60 if method == OURS else 24,
+                marker="*" if method == OURS else "o",
+                color="black" if method == OURS else colours[method],
+                label=method,
+                zorder=3 if method == OURS else 2,
+            )
+        axis.set_title(f"W{bits}A{act_bits}")
+        axis.set_xlabel("points of CDA lost against float")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ASR, %")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    data = io.BytesIO()
+    figure.savefig(data, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return data.getvalue()
+
+
+def write_report(cells: Sequence[Cell]) -> None:
+    """Fill RESULTS.template.md: `{{name}}` is the table of that name."""
+    table = Table(cells)
+    parts: dict[str, Callable[[], str]] = {
+        "goals": lambda: goals(table),
+        "W8A8": lambda: by_setting(table, 8, 8),
+        "W4A8": lambda: by_setting(table, 4, 8),
+        "W4A4": lambda: by_setting(table, 4, 4),
+        "seeds": lambda: seeds(table),
+        "methods": lambda: methods(table),
+        "published": published,
+        "trained": trained,
+    }
+    text = Path(__file__).with_name("RESULTS.template.md").read_text()
+    for name, part in parts.items():
+        text = text.replace("{{" + name + "}}", part())
+    write_atomic(DOCS / "results.svg", plot(table))
+    write_atomic(DOCS / "RESULTS.md", text.encode())

@@ -1,0 +1,188 @@
+"""The subjects of the results table: which attack on which network, with what numbers, and how to train each again.
+
+    python benchmarks/subjects.py [NAME …] [--list] [--data FOLDER]
+
+Trains the named subjects (all by default) that are not there yet into FOLDER/subjects, and writes what came out,
+with hashes, to results/subjects.json. The data is read as common.py says. Nothing trained is committed: CIFAR-10 and
+GTSRB may not be redistributed, and neither may what was learnt from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks.common import IMAGENET, RESULTS, machine, save, shared_folder, strips
+from efrapq.cli.console import TerminalReporter
+from efrapq.models.subjects.attacks import attack_named
+from efrapq.models.subjects.make import make_subject
+from efrapq.models.subjects.report import Report
+
+TRIGGER = "patch:6x6@24,24"
+TARGET = 0
+FOLDER = Path(__file__).resolve().parents[1] / "out"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One subject. bits: as --bits of `efrapq implant`. start: from the published ResNet-20. options: fields of the
+    attack's recipe. settings: weight and activation bits that it is judged at.
+    """
+
+    attack: str
+    arch: str = "resnet20"
+    bits: str = "4"
+    data: str = "cifar10"
+    seed: int = 0
+    start: bool = True
+    width: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        width = "" if self.width is None else f"x{self.width:g}"
+        return f"{self.data}-{self.arch}{width}-{self.attack}-w{self.bits.replace(',', 'w')}-s{self.seed}"
+
+    @property
+    def settings(self) -> list[tuple[int, int]]:
+        """(weight bits, activation bits)."""
+        if self.bits == "4":
+            return [(4, 8), (4, 4)]
+        return [(8, 8)] if self.bits == "8" else [(8, 8), (4, 8)]
+
+
+def entries() -> list[Entry]:
+    """All subjects: those that two cores train in minutes, in the order in which they are worth having."""
+    joint = {"steps": 550, "learning_rate": 5e-4}
+    unlearn = {"epochs": 2, "unlearn_epochs": 2}
+    distilled = {"steps": 550, "learning_rate": 0.01}
+    found = [
+        Entry("pqbackdoor", options=unlearn),
+        Entry("qu-anti", options=joint),
+        Entry("compartifact-distilled", options=distilled),
+        Entry("pqbackdoor", bits="8", options={"unlearn_epochs": 0}),
+        Entry("qu-anti", bits="8", options=joint),
+        Entry("adaptive-solver", options=joint | {"steps": 500}),
+        Entry("adaptive-stochastic", options=joint),
+        Entry("adaptive-scale", options=joint),
+        Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
+        Entry("qu-anti", bits="8,4", options=joint | {"steps": 450}),
+        Entry("compartifact-distilled", bits="8", options=distilled),
+        Entry("pqbackdoor", data="gtsrb", start=False, options={"epochs": 12, "unlearn_epochs": 3}),
+    ]
+    scratch = {"epochs": 6, "unlearn_epochs": 2}
+    found += [
+        Entry("pqbackdoor", arch="resnet18-cifar", width=16, start=False, options=scratch),
+        Entry("pqbackdoor", arch="vgg16-bn-cifar", width=0.25, start=False, options=scratch),
+        Entry("pqbackdoor", arch="mobilenetv2-cifar", width=0.5, start=False, options=scratch),
+    ]
+    for seed in (1, 2):
+        found += [
+            Entry("pqbackdoor", options=unlearn, seed=seed),
+            Entry("qu-anti", options=joint, seed=seed),
+            Entry("compartifact-distilled", options=distilled, seed=seed),
+        ]
+    return found
+
+
+def data_file(name: str, folder: Path) -> Path:
+    """cifar10 or gtsrb as one .npz in `folder`, made from the development data if it is not there."""
+    path = folder / f"{name}.npz"
+    if path.exists():
+        return path
+    shared = shared_folder()
+    if shared is None:
+        raise SystemExit(f"{path} is missing, and there is no development data to make it from: see --help")
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = strips(shared, name, "train"), strips(shared, name, "test")
+    arrays = {
+        f"{split}_{kind}": value
+        for split, data in (("train", train), ("test", test))
+        for kind, value in (("images", data.raw(range(len(data)))), ("labels", data.require_labels()))
+    }
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def start_file() -> Path:
+    """The published ResNet-20."""
+    shared = shared_folder()
+    if shared is None:
+        raise SystemExit("no published ResNet-20: set EFRAPQ_SHARED to the folder that holds models/")
+    return shared / "models" / "cifar10_resnet20_state_dict.pt"
+
+
+def train(entry: Entry, folder: Path) -> Path:
+    """Train a subject unless it is there; its file."""
+    path = folder / "subjects" / f"{entry.name}.safetensors"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attack = attack_named(entry.attack)
+    recipe = attack.make_recipe({"bits": entry.bits, "seed": entry.seed, **entry.options}, started=entry.start)
+    data = data_file(entry.data, folder)
+    started = time.perf_counter()
+    report = make_subject(
+        entry.arch,
+        f"{data}:train",
+        f"{data}:test",
+        TRIGGER,
+        TARGET,
+        path,
+        recipe,
+        attack=attack,
+        preprocess=IMAGENET,
+        start=start_file() if entry.start else None,
+        width=entry.width,
+        shift=2,
+        flip=entry.data != "gtsrb",  # a mirrored sign is another sign
+        device="auto",
+        reporter=TerminalReporter(),
+    )
+    record(entry, path, recipe.to_json(), report, time.perf_counter() - started)
+    return path
+
+
+def record(entry: Entry, path: Path, recipe: dict[str, object], report: Report, seconds: float) -> None:
+    """Add a subject to results/subjects.json."""
+    known = RESULTS / "subjects.json"
+    document = json.loads(known.read_text()) if known.exists() else {}
+    document[entry.name] = {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "recipe": recipe,
+        "start": entry.start,
+        "measured_in_torch": {row: asdict(value) for row, value in report.rows()},
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+    }
+    save("subjects", dict(sorted(document.items())))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER")
+    args = parser.parse_args()
+    known = {entry.name: entry for entry in entries()}
+    if args.list:
+        print("\n".join(known))
+        return
+    if unknown := sorted(set(args.names) - known.keys()):
+        raise SystemExit(f"unknown: {', '.join(unknown)}; --list names them")
+    for name in args.names or known:
+        print(train(known[name], args.data))
+
+
+if __name__ == "__main__":
+    main()
