@@ -1,10 +1,12 @@
 """What the defaults were chosen by: lambda_E, scales, rows, calibration size and data-free inputs, on real subjects.
 
-    python benchmarks/choices.py [--only TABLE …] [--images N] [SUBJECT.safetensors …]
+    python benchmarks/choices.py [SUBJECT.safetensors …] [--only TABLE …] [--images N]
+    python benchmarks/choices.py --report
 
 Every row is a file defended with one setting and measured in ONNX Runtime: CDA and ASR of the file and of its nearest
 twin on the same grid. Subjects: the embedded one, and those given (made by `efrapq implant` on CIFAR-10 or,
 where the name says so, GTSRB). Writes results/choices.json as it goes; rows that are there are not measured again.
+--report writes docs/CHOICES.md of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import efrapq
-from benchmarks.common import RESULTS, machine, save, shared_folder, show, strips
+from benchmarks.common import RESULTS, machine, markdown, save, shared_folder, show, strips, write_page
 from efrapq.data import Dataset, load_dataset
 from efrapq.models import weights
 
@@ -131,14 +133,38 @@ def measure(subject: Subject, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+HEADER = ("subject", "setting", "float", "nearest", "defended", "agreement", "flipped %", "L_A")
+
+
+def row(subject: str, name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One line of a table, as in HEADER."""
+    figures = (f"{found['cda'][key]:.2f} / {found['asr'][key]:.2f}" for key in ("float", "nearest", "defended"))
+    loss = f"{np.exp(found['loss']):.4g}"
+    return (subject, name, *figures, f"{found['agreement']:.2f}", f"{found['flipped']:.1f}", loss)
+
+
+def write_report(rows: dict[str, dict[str, Any]]) -> None:
+    """docs/CHOICES.md: CHOICES.template.md with each `{{table}}` filled in."""
+    tables = {}
+    for table in TABLES:
+        keys = [key.split(" | ") for key in rows if key.startswith(f"{table} | ")]
+        lines = [row(subject, name, rows[f"{table} | {subject} | {name}"]) for _, subject, name in keys]
+        tables[table] = markdown(HEADER, lines)
+    write_page("CHOICES", tables)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", type=Path)
     parser.add_argument("--only", nargs="+", choices=sorted(TABLES), default=list(TABLES))
     parser.add_argument("--images", type=int, default=2000, help="test images of the given subjects")
+    parser.add_argument("--report", action="store_true", help="write docs/CHOICES.md of what was measured")
     args = parser.parse_args()
     path = RESULTS / "choices.json"
     document = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if args.report:
+        write_report(document["rows"])
+        return
     document["machine"] = machine()
     for table in args.only:
         rows = []
@@ -148,21 +174,8 @@ def main() -> None:
                 if key not in document["rows"]:
                     document["rows"][key] = measure(subject, options)
                     save("choices", document)
-                found = document["rows"][key]
-                rows.append(
-                    (
-                        subject.name,
-                        name,
-                        f"{found['cda']['float']:.2f} / {found['asr']['float']:.2f}",
-                        f"{found['cda']['nearest']:.2f} / {found['asr']['nearest']:.2f}",
-                        f"{found['cda']['defended']:.2f} / {found['asr']['defended']:.2f}",
-                        f"{found['agreement']:.2f}",
-                        f"{found['flipped']:.1f}",
-                        f"{np.exp(found['loss']):.4g}",
-                    )
-                )
-        header = ("subject", "setting", "float", "nearest", "defended", "agreement", "flipped %", "L_A")
-        show(f"{table} (CDA / ASR, %; L_A: geometric mean over layers)", header, rows)
+                rows.append(row(subject.name, name, document["rows"][key]))
+        show(f"{table} (CDA / ASR, %; L_A: geometric mean over layers)", HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from efrapq.data import Dataset, Preprocess, load_dataset
 from efrapq.io import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -132,6 +133,22 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) ->
         if number == 0:
             print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
     print(flush=True)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a page: no padding."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_page(name: str, parts: Mapping[str, str]) -> None:
+    """docs/NAME.md: NAME.template.md, which lies here, with each `{{part}}` filled in."""
+    text = (RESULTS.parent / f"{name}.template.md").read_text()
+    for part, content in parts.items():
+        text = text.replace("{{" + part + "}}", content)
+    if "{{" in text:
+        raise ValueError(f"{name}.template.md: {text[text.index('{{') :][:40]} was not filled in")
+    write_atomic(DOCS / f"{name}.md", text.encode())
 
 
 def fitted_exponent(sizes: Sequence[float], times: Sequence[float]) -> float:

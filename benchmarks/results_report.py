@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import DOCS, RESULTS, markdown, write_page
 from benchmarks.subjects import entries
 from efrapq.io import write_atomic
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 Cell = dict[str, Any]
 
 # Li et al., CVPR 2024: CDA / ASR of the authors' published logs, CIFAR-10, ResNet-18, EFRAP with float activations.
@@ -60,11 +58,6 @@ class Table:
 
     def get(self, base: Cell, method: str) -> Cell | None:
         return self.cells.get((base["subject"], base["bits"], base["act_bits"], method))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def title(cell: Cell) -> str:
@@ -232,20 +225,19 @@ def plot(table: Table) -> bytes:
 
 
 def write_report(cells: Sequence[Cell]) -> None:
-    """Fill RESULTS.template.md: `{{name}}` is the table of that name."""
+    """docs/RESULTS.md and its plot."""
     table = Table(cells)
-    parts: dict[str, Callable[[], str]] = {
-        "goals": lambda: goals(table),
-        "W8A8": lambda: by_setting(table, 8, 8),
-        "W4A8": lambda: by_setting(table, 4, 8),
-        "W4A4": lambda: by_setting(table, 4, 4),
-        "seeds": lambda: seeds(table),
-        "methods": lambda: methods(table),
-        "published": published,
-        "trained": trained,
-    }
-    text = Path(__file__).with_name("RESULTS.template.md").read_text()
-    for name, part in parts.items():
-        text = text.replace("{{" + name + "}}", part())
     write_atomic(DOCS / "results.svg", plot(table))
-    write_atomic(DOCS / "RESULTS.md", text.encode())
+    write_page(
+        "RESULTS",
+        {
+            "goals": goals(table),
+            "W8A8": by_setting(table, 8, 8),
+            "W4A8": by_setting(table, 4, 8),
+            "W4A4": by_setting(table, 4, 4),
+            "seeds": seeds(table),
+            "methods": methods(table),
+            "published": published(),
+            "trained": trained(),
+        },
+    )
