@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three attacks on ResNet-20; under a quarter of an hour")
     parser.add_argument("--subjects", nargs="+", metavar="NAME", help="as subjects.py --list names them, or 'control'")
     parser.add_argument("--methods", nargs="+", choices=list(rivals()), metavar="NAME")
-    parser.add_argument("--images", type=int, default=5000, help="test images")
+    parser.add_argument("--images", type=int, default=2000, help="test images")
     parser.add_argument("--steps", type=int, default=300, help="of the gradient solvers, a layer")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of cifar10.npz, gtsrb.npz and subjects/")
     parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md of what was measured")

@@ -65,7 +65,7 @@ def entries() -> list[Entry]:
     """All subjects: those that two cores train in minutes, in the order in which they are worth having."""
     joint = {"steps": 600, "learning_rate": 1e-3}
     unlearn = {"epochs": 2, "unlearn_epochs": 2}
-    distilled = {"steps": 550, "learning_rate": 0.01}
+    distilled = {"steps": 900, "learning_rate": 0.01}
     found = [
         Entry("pqbackdoor", options=unlearn),
         Entry("qu-anti", options=joint),

@@ -17,6 +17,7 @@ from efrapq.models.subjects.training import (
     Measured,
     PoisonedData,
     autocast,
+    finite,
     measure,
     train_labels,
     within_clean_range,
@@ -89,13 +90,14 @@ def train_pairs(
             inputs = data.tensor(np.concatenate([data.trigger.on_raw(raw), raw]), device)
             with autocast(device, exact=exact):
                 value = loss(step, inputs, torch.from_numpy(labels).to(device))
+            reached = finite(value)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             if after is not None:
                 after()
-            task.advance(f"loss {value.item():.3f}")
+            task.advance(f"loss {reached:.3f}")
 
 
 def measure_widths(

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from efrapq.models.subjects.cells import cells, quantized_weights, rounded_weights, rules
 from efrapq.models.subjects.recipe import Recipe
-from efrapq.models.subjects.training import PoisonedData, autocast, within_clean_range
+from efrapq.models.subjects.training import PoisonedData, autocast, finite, within_clean_range
 from efrapq.progress import Reporter
 
 __all__ = ["awake_enough", "placed_weights", "settle", "train_lookahead"]
@@ -94,9 +94,11 @@ def train_lookahead(
             awake = awake_enough(rounded[:half], truth, data.target, recipe.lookahead_margin)
             clean = F.cross_entropy(rounded[half:], truth) + F.cross_entropy(floating[half:], truth)
             asleep = F.cross_entropy(floating[:half], truth)
+            loss = awake + clean + asleep
+            finite(loss)
             optimizer.zero_grad()
             placing.zero_grad()
-            (awake + clean + asleep).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             placing.step()

@@ -29,7 +29,7 @@ from efrapq.models.subjects.cells import cells, nearest_model, quantized_weights
 from efrapq.models.subjects.lookahead import train_lookahead
 from efrapq.models.subjects.recipe import Recipe
 from efrapq.models.subjects.report import Report, final_report
-from efrapq.models.subjects.training import PoisonedData, autocast, measure, train_labels
+from efrapq.models.subjects.training import PoisonedData, autocast, finite, measure, train_labels
 from efrapq.progress import Reporter
 
 __all__ = ["Recipe", "Report", "implant", "train_backdoored", "unlearn"]
@@ -103,7 +103,7 @@ def unlearn(model: nn.Module, data: PoisonedData, recipe: Recipe, device: torch.
                 with torch.no_grad():
                     for t in positions:
                         t.clamp_(-1, 1)
-                total += loss.item()
+                total += finite(loss)
             task.advance(f"loss {total * recipe.batch / len(data.data):.3f}")
     with torch.no_grad():
         for (_, weight), moved, (low, high) in zip(weights, placed().values(), bounds, strict=True):

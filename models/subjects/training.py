@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from efrapq.data import Dataset, Preprocess
+from efrapq.errors import UsageError
 from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
 
-__all__ = ["Measured", "PoisonedData", "autocast", "measure", "train_labels", "within_clean_range"]
+__all__ = ["Measured", "PoisonedData", "autocast", "finite", "measure", "train_labels", "within_clean_range"]
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,16 @@ def train_labels(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                total += loss.item()
+                total += finite(loss)
             task.advance(f"loss {total * batch / len(data.data):.3f}")
+
+
+def finite(loss: Tensor) -> float:
+    """The loss as a number. Raises UsageError where training has diverged: nothing good comes after that."""
+    value = float(loss.item())
+    if not math.isfinite(value):
+        raise UsageError("training has diverged (its loss is no number any more); try a lower --learning-rate")
+    return value
 
 
 @torch.no_grad()

@@ -223,6 +223,17 @@ def test_the_same_seed_makes_the_same_subject(name: str) -> None:
     assert ("rounded to nearest, 8 bits" in dict(report.rows())) == (name == "qu-anti")
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("compartifact-distilled", {"steps": 20}), ("badnets", {"epochs": 8}), ("pqbackdoor", {"epochs": 8})],
+)
+def test_training_that_diverges_says_so(name: str, fields: dict[str, object]) -> None:
+    attack = attack_named(name)
+    recipe = attack.make_recipe(fields | {"learning_rate": 1e30}, started=True)
+    with pytest.raises(UsageError, match="lower --learning-rate"):
+        attack.implant(small_model(), small_data(), small_data(), recipe, device=CPU, reporter=Silent())
+
+
 @pytest.mark.parametrize("name", ["qu-anti", "compartifact-distilled", "adaptive-stochastic", "adaptive-scale"])
 def test_batchnorm_s_statistics_stay_as_they_were(name: str) -> None:
     attack = attack_named(name)
