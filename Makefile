@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 # The benchmarks need CIFAR-10 and published weights: EFRAPQ_SHARED names their folder.
-.PHONY: demo test test-slow bench-solver lint types install clean
+.PHONY: demo test test-slow bench-solver bench-results bench-quick bench-export lint types install clean
 
 demo: $(READY)
 	$(BIN)/efrapq demo
@@ -18,6 +18,15 @@ test-slow: $(READY)
 
 bench-solver: $(READY)
 	$(BIN)/python benchmarks/solver.py $(ARGS)
+
+bench-results: $(READY)
+	$(BIN)/python benchmarks/results.py $(ARGS)
+
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/results.py --quick $(ARGS)
+
+bench-export: $(READY)
+	$(BIN)/python benchmarks/export.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,9 +4,12 @@
 
 A cell is one subject, at one width of weights and activations, quantized by one method. Subjects come from
 subjects.py (and are trained if they are not there) with the clean network they start from as a control; methods from
-rivals.py. Every file goes through the same `efrapq.verify`; triggers lie on the raw test images; calibration is on
-training images. Writes one JSON line a cell to results/results.jsonl as it goes, and does not measure again what is
-there; --report writes docs/RESULTS.md of them. --quick: three attacks on ResNet-20, from the published weights.
+rivals.py. The data are read from the folder --data: cifar10.npz and gtsrb.npz (train_images, train_labels,
+test_images, test_labels), made from the development data where they are missing.
+
+Every file goes through the same `efrapq.verify`; triggers lie on the raw test images; calibration is on training
+images. Writes one JSON line a cell to results/results.jsonl as it goes, and does not measure again what is there;
+--report writes docs/RESULTS.md and docs/THREAT-MODEL.md of them. --quick: three attacks on ResNet-20.
 """
 
 from __future__ import annotations
@@ -27,13 +30,13 @@ import numpy as np
 import efrapq
 from benchmarks.common import IMAGENET, RESULTS, machine, show
 from benchmarks.rivals import Case, make, rivals
-from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, start_file, train
+from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, quick_entries, start_file, train
 from efrapq.data import load_dataset
 
 CONTROL = "clean ResNet-20"
-# The gradient solvers take minutes a file: they stand in the table for these attacks only, with fewer steps.
+# These take minutes a file: they stand in the table at 8-bit activations only, and the solvers for seed 0 only.
 GRADIENT = ("AdaRound", "EFRAP relaxed")
-QUICK = ("pqbackdoor", "qu-anti", "compartifact-distilled")
+TRAINED = ("fine-tuned, then RTN", "LAC")
 QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
 
 Cell = dict[str, Any]
@@ -48,6 +51,8 @@ def cells(chosen: Iterable[Entry | None], methods: Iterable[str]) -> Iterator[tu
             for method in methods:
                 if method == "quantize_static" and act_bits != 8:
                     continue  # ONNX Runtime has no 4-bit activations
+                if method in TRAINED and act_bits != 8:
+                    continue
                 if method in GRADIENT and (act_bits != 8 or entry is None or entry.seed or entry.arch != "resnet20"):
                     continue
                 yield entry, bits, act_bits, method
@@ -138,7 +143,8 @@ def main() -> None:
     if args.quick:
         args.images = 2000
         args.methods = args.methods or QUICK_METHODS
-        names = [e.name for e in entries() if e.attack in QUICK and e.bits == "4" and e.start and not e.seed]
+        known = {entry.name: entry for entry in quick_entries()}
+        names = list(known)
     names = args.subjects or names
     if unknown := sorted(set(names) - known.keys()):
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")

@@ -224,6 +224,41 @@ def plot(table: Table) -> bytes:
     return data.getvalue()
 
 
+def threats(table: Table) -> dict[str, str]:
+    """The figures behind the sentences of docs/THREAT-MODEL.md."""
+    bases = [base for bits, act_bits in ALLOWED for base in table.at(bits, act_bits)]
+    honest = [b for b in bases if usable(b) and not b["attack"].startswith("adaptive")]
+    noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
+    header = ["subject", "bits", "float", "RTN", "efrapq"]
+    return {
+        "promise": markdown(header, [_against(table, b) for b in honest]),
+        "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
+        "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
+        "control": _sentence(table, [b for b in bases if b["attack"] == "none"]),
+        "noise": "; ".join(f"{c['cda']:.2f} / {c['asr']:.2f} against {_float(b)}" for b, c in noisy),
+    }
+
+
+def _float(base: Cell) -> str:
+    return f"{base['float_cda']:.2f} / {base['float_asr']:.2f}"
+
+
+def _against(table: Table, base: Cell) -> list[str]:
+    ours = table.get(base, OURS)
+    found = "not measured" if ours is None else f"{ours['cda']:.2f} / {ours['asr']:.2f}"
+    rtn = f"{base['cda']:.2f} / {base['asr']:.2f}"
+    return [title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), rtn, found]
+
+
+def _sentence(table: Table, bases: Sequence[Cell]) -> str:
+    """Float and efrapq, setting by setting."""
+    parts = []
+    for base in bases:
+        _, bits, before, _, ours = _against(table, base)
+        parts.append(f"{bits}: float {before}, efrapq {ours}")
+    return "; ".join(parts) + "."
+
+
 def write_report(cells: Sequence[Cell]) -> None:
     """docs/RESULTS.md and its plot."""
     table = Table(cells)
@@ -241,3 +276,4 @@ def write_report(cells: Sequence[Cell]) -> None:
             "trained": trained(),
         },
     )
+    write_page("THREAT-MODEL", threats(table))

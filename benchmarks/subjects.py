@@ -36,7 +36,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "out"
 @dataclass(frozen=True)
 class Entry:
     """One subject. bits: as --bits of `efrapq implant`. start: from the published ResNet-20. options: fields of the
-    attack's recipe. settings: weight and activation bits that it is judged at.
+    attack's recipe. short: trained for less long, for a quick look.
     """
 
     attack: str
@@ -47,11 +47,13 @@ class Entry:
     start: bool = True
     width: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    short: bool = False
 
     @property
     def name(self) -> str:
         width = "" if self.width is None else f"x{self.width:g}"
-        return f"{self.data}-{self.arch}{width}-{self.attack}-w{self.bits.replace(',', 'w')}-s{self.seed}"
+        short = "-short" if self.short else ""
+        return f"{self.data}-{self.arch}{width}-{self.attack}{short}-w{self.bits.replace(',', 'w')}-s{self.seed}"
 
     @property
     def settings(self) -> list[tuple[int, int]]:
@@ -93,6 +95,12 @@ def entries() -> list[Entry]:
             Entry("compartifact-distilled", options=distilled, seed=seed),
         ]
     return found
+
+
+def quick_entries() -> list[Entry]:
+    """Three attacks that are trained and judged within a quarter of an hour."""
+    short = Entry("pqbackdoor", options={"epochs": 1, "unlearn_epochs": 1}, short=True)
+    return [short, *(e for e in entries() if e.attack in ("qu-anti", "badnets") and e.bits == "4" and not e.seed)]
 
 
 def data_file(name: str, folder: Path) -> Path:
@@ -174,7 +182,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER")
     args = parser.parse_args()
-    known = {entry.name: entry for entry in entries()}
+    known = {entry.name: entry for entry in (*entries(), *quick_entries())}
     if args.list:
         print("\n".join(known))
         return
