@@ -17,9 +17,9 @@ from torch import Tensor
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.ops import HOST_INPUTS, OPS, standard_domain, supports
 from efrapq.graph.ops_call import Call, as_tensor
-from efrapq.graph.ops_fallback import OrtFallback, captured_names
+from efrapq.graph.ops_fallback import OrtFallback, reads
 
-__all__ = ["Executor", "supports"]
+__all__ = ["Executor", "reads", "supports"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Executor:
     fallback_nodes: tuple[str, ...]
 
     def __init__(self, model: ir.Model, *, device: torch.device | str = "cpu") -> None:
-        """Raises UnsupportedModelError for constants of types that torch does not hold, and for control flow that
-        reads values from outside of its subgraphs."""
+        """Raises UnsupportedModelError for constants of types that torch does not hold."""
         self._graph = model.graph
         self._device = torch.device(device)
         self._opsets = {standard_domain(name): version for name, version in model.opset_imports.items()}
@@ -59,7 +58,7 @@ class Executor:
         for node in model.graph:
             if node.op_type == "Constant" and standard_domain(node.domain) == "":
                 self._add_constant_node(node)
-        self.fallback_nodes = tuple(_name(node) for node in model.graph if self._falls_back(node))
+        self.fallback_nodes = tuple(_name(n) for n in model.graph if not supports(n.domain, n.op_type))
 
     def run(
         self,
@@ -85,7 +84,7 @@ class Executor:
             outputs = [value.name for value in self._graph.outputs if value.name]
         values = self.constants | {name: self._place(t) for name, t in (replaced | dict(feeds)).items()}
         for node, finished in self._plan(frozenset(feeds), tuple(outputs)).steps:
-            results = self.run_node(node, [None if v is None else values[v.name or ""] for v in node.inputs])
+            results = self.run_node(node, [None if v is None else values[v.name or ""] for v in reads(node)])
             for value, result in zip(node.outputs, results, strict=False):
                 if value.name and value.name not in feeds:
                     values[value.name] = result
@@ -94,7 +93,8 @@ class Executor:
         return {name: values[name] for name in outputs}
 
     def run_node(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The outputs of one node, of this graph or with its opsets, for the given inputs (None: left out).
+        """The outputs of one node, of this graph or with its opsets. inputs: a value for each of `reads(node)`, which
+        are its inputs (None: left out) and what its subgraphs read from outside.
 
         Raises UnsupportedModelError with the node's name and operator where the operator declines or fails. A full
         or failing GPU is none of the model's making: those errors of torch pass through.
@@ -154,11 +154,11 @@ class Executor:
             node = self._producers[name]
             if node not in needed:
                 needed.add(node)
-                pending.extend(value.name or "" for value in node.inputs if value is not None)
+                pending.extend(value.name or "" for value in reads(node) if value is not None)
         steps: list[tuple[ir.Node, tuple[str, ...]]] = []
         read_later = set(wanted)
         for node in reversed([node for node in self._graph if node in needed]):
-            touched = dict.fromkeys(v.name for v in (*node.inputs, *node.outputs) if v is not None and v.name)
+            touched = dict.fromkeys(v.name for v in (*reads(node), *node.outputs) if v is not None and v.name)
             steps.append((node, tuple(name for name in touched if name not in read_later)))
             read_later.update(touched)
         return _Plan(tuple(reversed(steps)))
@@ -184,16 +184,6 @@ class Executor:
         if value is None:
             return None
         return self._element_types.get(value.name or "", value.dtype)
-
-    def _falls_back(self, node: ir.Node) -> bool:
-        if supports(node.domain, node.op_type):
-            return False
-        if captured := captured_names(node):
-            raise UnsupportedModelError(
-                f"node {_name(node)!r} ({_operator(node)}) reads {', '.join(captured)} from outside of its subgraphs; "
-                "control flow is supported only where its subgraphs are self-contained: export the model without it"
-            )
-        return True
 
 
 def _operator(node: ir.Node) -> str:

@@ -18,6 +18,14 @@ __all__ = ["WEIGHT_OPS", "Layer", "Skipped", "find_layers"]
 
 WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
+# Operators with weights that are never quantized, and why.
+FLOAT_OPS = {
+    "DeformConv": "deformable convolutions are not quantized",
+    "GRU": "recurrent layers are not quantized",
+    "LSTM": "recurrent layers are not quantized",
+    "RNN": "recurrent layers are not quantized",
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -68,14 +76,19 @@ class Skipped:
 
 
 def find_layers(graph: ir.Graph) -> tuple[list[Layer], list[Skipped]]:
-    """The quantizable layers in topological order, and the Conv/ConvTranspose/Gemm/MatMul nodes left float.
+    """The quantizable layers in topological order, and the nodes with weights of their own that are left float.
 
     Raises BadWeightsError naming a layer with NaN or infinity.
     """
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     for node in graph:
-        if node.op_type not in WEIGHT_OPS or node.domain not in ("", "ai.onnx"):
+        skipped += _inside(node)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type in FLOAT_OPS:
+            skipped.append(Skipped(str(node.name), node.op_type, FLOAT_OPS[node.op_type]))
+        if node.op_type not in WEIGHT_OPS:
             continue
         found = _layer(node)
         if isinstance(found, Skipped):
@@ -100,6 +113,18 @@ def bias_array(graph: ir.Graph, layer: Layer) -> NDArray[np.float32] | None:
     return const.array(graph.initializers[layer.bias]).astype(np.float32, copy=False).reshape(-1)
 
 
+def _inside(node: ir.Node) -> Iterator[Skipped]:
+    """What an If, Loop or Scan computes in its subgraphs."""
+    for attribute in node.attributes.values():
+        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        for graph in [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs():
+            for inner in graph.all_nodes():
+                if inner.op_type in WEIGHT_OPS | FLOAT_OPS.keys() and inner.domain in ("", "ai.onnx"):
+                    name = str(inner.name or inner.outputs[0].name)
+                    yield Skipped(name, inner.op_type, f"it stands inside a subgraph of {node.op_type} {node.name}")
+
+
 def _layer(node: ir.Node) -> Layer | Skipped:
     def no(reason: str) -> Skipped:
         return Skipped(str(node.name), node.op_type, reason)
@@ -107,6 +132,8 @@ def _layer(node: ir.Node) -> Layer | Skipped:
     weight_value = node.inputs[1]
     weight = const.array_or_none(weight_value)
     if weight is None or weight_value is None:
+        if node.op_type == "MatMul" and const.array_or_none(node.inputs[0]) is not None:
+            return no("its constant is the first operand, not the second")
         return no("its weight is computed at run time")
     if const.array_or_none(node.inputs[0]) is not None:
         return no("its first input is a constant")

@@ -1,8 +1,9 @@
 """From any float ONNX graph to the one that is quantized: simplified, BatchNorm folded, normalized.
 
 After `prepare`: constants are initializers, every node has a unique name, every weight has one reader, BatchNorm
-after a linear layer is gone, a mean over height and width is a GlobalAveragePool, Gemm has alpha = beta = 1. The
-result depends on the model alone, so that a file and its float reference can be matched layer by layer.
+after a linear layer is gone, a mean over height and width is a GlobalAveragePool, Gemm has alpha = beta = 1, padding
+is in numbers where it does not depend on a size that is dynamic. The result depends on the model alone, so that a
+file and its float reference can be matched layer by layer.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from efrapq.errors import UnsupportedModelError
+from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph import constants as const
+from efrapq.graph.dialect import all_graphs, plain_dialect
+from efrapq.graph.older_opset import at_least
+from efrapq.graph.padding import explicit_padding
+from efrapq.io.text import printable
 
 if TYPE_CHECKING:
     import onnx
@@ -23,12 +28,20 @@ __all__ = ["LOWEST_OPSET", "name_nodes", "prepare", "simplify"]
 
 # QuantizeLinear with an axis needs 13; older graphs are converted up.
 LOWEST_OPSET = 13
+# Trips that a Loop may be written to make: each runs through ONNX Runtime for every chunk of calibration data.
+MOST_TRIPS = 100_000
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+RANDOM_OPS = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
 
 
 def simplify(proto: onnx.ModelProto) -> ir.Model:
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
-    model: ir.Model = ir.from_proto(_simplify(_at_least(proto, LOWEST_OPSET)))
+    plain = plain_dialect(proto)
+    _refuse_endless(plain)
+    model: ir.Model = ir.from_proto(_simplify(at_least(plain, LOWEST_OPSET)))
+    _forget_invented_sizes(model.graph, proto)
     # The user's entries only: onnxsim adds a record of what it did.
     model.metadata_props.clear()
     model.metadata_props.update({p.key: p.value for p in proto.metadata_props})
@@ -45,8 +58,11 @@ def prepare(proto: onnx.ModelProto) -> ir.Model:
     """Normalize a float model. The proto is not modified. Raises UnsupportedModelError, naming the step."""
     model = simplify(proto)
     graph = model.graph
+    _refuse_random(graph)
     _separate_shared_weights(graph)
     for node in list(graph):
+        explicit_padding(node)
+        _join_bias(graph, node)
         _fold_batchnorm(graph, node)
         _fold_gemm_factors(graph, node)
         _mean_to_pool(graph, node)
@@ -54,20 +70,6 @@ def prepare(proto: onnx.ModelProto) -> ir.Model:
     _require_opset(model)
     _strip(model)
     return model
-
-
-def _at_least(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    from onnx import checker, shape_inference, version_converter
-
-    current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if current >= opset:
-        return proto
-    try:
-        return version_converter.convert_version(proto, opset)
-    except (RuntimeError, ValueError, checker.ValidationError, shape_inference.InferenceError) as exc:
-        raise UnsupportedModelError(
-            f"opset {current} could not be converted to {opset} ({exc}); export it again with opset {opset} or newer"
-        ) from exc
 
 
 def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -79,12 +81,26 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
         if not all(o.type.tensor_type.HasField("shape") for o in proto.graph.output):
             # onnxsim refuses outputs without a shape, which ONNX Runtime runs.
             proto = shape_inference.infer_shapes(proto)
-        simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True)
+        # fuse_qkv would join the weights of several layers: their names and grids are what a user asks about.
+        simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=["fuse_qkv"])
     except Exception as exc:
         raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
     if not ok:
         raise UnsupportedModelError("onnxsim changed what the model computes; please report the model")
     return simplified
+
+
+def _forget_invented_sizes(graph: ir.Graph, proto: onnx.ModelProto) -> None:
+    """Dimensions of outputs that had neither a size nor a name: inference names them, and they are to stay as given."""
+    stated = {given.name: given.type.tensor_type.shape.dim for given in proto.graph.output}
+    for value in graph.outputs:
+        dims = stated.get(value.name or "", [])
+        if value.shape is None or len(value.shape) != len(dims):
+            continue
+        unnamed = [not dim.HasField("dim_value") and not dim.dim_param for dim in dims]
+        value.shape = ir.Shape(
+            [None if u and not isinstance(d, int) else d for u, d in zip(unnamed, value.shape, strict=True)]
+        )
 
 
 def name_nodes(graph: ir.Graph) -> None:
@@ -101,20 +117,62 @@ def name_nodes(graph: ir.Graph) -> None:
         seen.add(name)
 
 
+def _refuse_endless(proto: onnx.ModelProto) -> None:
+    """Before anything runs the graph: a Loop that is written to make more trips than anybody waits for."""
+    from onnx import numpy_helper
+
+    graphs = list(all_graphs(proto.graph))
+    nodes = [node for graph in graphs for node in graph.node]
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: attribute.t
+        for node in nodes
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    for node in nodes:
+        tensor = constants.get(node.input[0]) if node.op_type == "Loop" else None
+        trips = max(numpy_helper.to_array(tensor).reshape(-1).tolist(), default=0) if tensor is not None else 0
+        if trips > MOST_TRIPS:
+            raise LimitError(
+                f"node {printable(node.name or node.output[0])} (Loop) makes {trips:,} trips; the limit is "
+                f"{MOST_TRIPS:,}: export the model without it"
+            )
+
+
+def _refuse_random(graph: ir.Graph) -> None:
+    """Two runs of a random operator differ, and so would the float and the quantized network on one input."""
+    for node in graph.all_nodes():
+        if node.op_type in RANDOM_OPS and node.domain in ("", "ai.onnx"):
+            raise UnsupportedModelError(
+                f"node {printable(str(node.name))} ({node.op_type}) draws random numbers; export the model in "
+                "evaluation mode, or with the numbers as a constant"
+            )
+
+
 def _drop_dropout(node: ir.Node) -> None:
-    if node.op_type == "Dropout" and not node.outputs[0].is_graph_output():
-        source = node.inputs[0]
-        assert source is not None
-        node.outputs[0].replace_all_uses_with(source)
+    if node.op_type != "Dropout" or node.outputs[0].is_graph_output():
+        return
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    mode = const.array_or_none(training)
+    if training is not None and (mode is None or mode.any()):
+        return  # the executor says that it cannot be run
+    source = node.inputs[0]
+    assert source is not None
+    node.outputs[0].replace_all_uses_with(source)
 
 
 def _separate_shared_weights(graph: ir.Graph) -> None:
-    """Give each reader of a shared initializer its own copy: codes are solved per layer."""
+    """Give each reader of a shared initializer its own copy: codes are solved per layer.
+
+    The first reader keeps the original, unless that is an output of the graph too.
+    """
     for value in list(graph.initializers.values()):
         uses = list(value.uses())
-        if len(uses) < 2 or not any(use.node.op_type in LINEAR_OPS | {"MatMul"} for use in uses):
+        if not any(use.node.op_type in LINEAR_OPS | {"MatMul"} for use in uses):
             continue
-        for copy_number, use in enumerate(uses[1:], 1):
+        for copy_number, use in enumerate(uses if value.is_graph_output() else uses[1:], 1):
             array = const.array(value)
             name = const.fresh_name(graph, f"{value.name}_{copy_number}")
             use.node.replace_input_with(use.idx, const.initializer(graph, name, array))
@@ -142,6 +200,8 @@ def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
     bias = const.array_or_none(old_bias) if old_bias is not None else None
     if weight is None or any(p is None for p in parameters) or (old_bias is not None and bias is None):
         return
+    if weight.dtype != np.float32:
+        return  # it stays as it is, and so must its type
     gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
     factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     spread = _spread_over_weight(layer, weight, factor)
@@ -177,20 +237,69 @@ def _spread_over_weight(layer: ir.Node, weight: np.ndarray, factor: np.ndarray) 
     return repeated.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
 
 
+def _join_bias(graph: ir.Graph, node: ir.Node) -> None:
+    """MatMul of a matrix and then Add of a constant row is a Gemm, whose bias needs no grid of its own."""
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return
+    product, added = node.inputs
+    if const.array_or_none(product) is not None:
+        product, added = added, product
+    bias = const.array_or_none(added)
+    matmul = product.producer() if product is not None else None
+    if product is None or added is None or bias is None or matmul is None or matmul.op_type != "MatMul":
+        return
+    weight, source = const.array_or_none(matmul.inputs[1]), matmul.inputs[0]
+    if (
+        weight is None
+        or weight.ndim != 2
+        or weight.dtype != np.float32
+        or bias.shape not in ((weight.shape[1],), (1, weight.shape[1]))
+        or source is None
+        or source.shape is None
+        or len(source.shape) != 2
+        or product.is_graph_output()
+        or len(list(product.uses())) != 1
+    ):
+        return
+    gemm = ir.node("Gemm", [source, matmul.inputs[1], added], name=matmul.name)
+    output = node.outputs[0]
+    gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
+    graph.insert_after(node, gemm)
+    _take_over(output, gemm.outputs[0])
+    graph.remove([node, matmul], safe=True)
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let all that reads `old`, the graph's outputs included, read `new` under the old name."""
+    name = old.name
+    old.name, new.name = f"{name}_replaced", name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
 def _fold_gemm_factors(graph: ir.Graph, node: ir.Node) -> None:
-    """alpha into the weight, beta into the bias."""
+    """alpha into the weight, beta into the bias, and a bias of one number spread over the outputs."""
     if node.op_type != "Gemm":
         return
     for position, key in ((1, "alpha"), (2, "beta")):
         factor = node.attributes.get_float(key, 1.0)
         value = node.inputs[position] if len(node.inputs) > position else None
         array = const.array_or_none(value)
-        if factor == 1.0 or value is None or array is None:
+        if factor == 1.0 or value is None or array is None or array.dtype != np.float32:
             continue
         const.replace_input(
-            graph, node, position, value.name or node.name or "", array.astype(np.float32) * np.float32(factor)
+            graph,
+            node,
+            position,
+            value.name or node.name or "",
+            array.astype(np.float32, copy=False) * np.float32(factor),
         )
         node.attributes.pop(key)
+    weight_value, bias_value = (*node.inputs[1:], None)[:2]
+    weight, bias = const.array_or_none(weight_value), const.array_or_none(bias_value)
+    if weight is None or bias_value is None or bias is None or bias.size != 1 or bias.dtype != np.float32:
+        return
+    outputs = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    const.replace_input(graph, node, 2, str(bias_value.name), np.full(outputs, bias.reshape(-1)[0], np.float32))
 
 
 def _mean_to_pool(graph: ir.Graph, node: ir.Node) -> None:
@@ -200,6 +309,8 @@ def _mean_to_pool(graph: ir.Graph, node: ir.Node) -> None:
     axes = const.ints(node, "axes", 1)
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4 or axes is None:
+        return
+    if source.dtype != ir.DataType.FLOAT:
         return
     if sorted(a % 4 for a in axes) != [2, 3]:
         return

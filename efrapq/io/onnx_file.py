@@ -83,6 +83,7 @@ def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Co
     model = _parse(source, limits)
     _check_outline(model, name)
     contents = survey(model, name, limits)
+    _use_short_domain(model, contents)
     check_functions(contents, name, allow_domains, limits)
     _check_names(contents, name)
     _check_shapes(contents, name, limits)
@@ -140,6 +141,19 @@ def _check_outline(model: Any, name: str) -> None:
         raise UnsupportedModelError(f"{name}: the graph has no nodes, so there is nothing to quantize; {_AGAIN}")
     if not model.graph.output:
         raise UnsupportedModelError(f"{name}: the graph has no outputs; {_AGAIN}")
+
+
+def _use_short_domain(model: Any, contents: Contents) -> None:
+    """Call the standard's operators by one name: "ai.onnx" is another for "", which not every reader knows."""
+    for imports in (model.opset_import, *(function.opset_import for function in model.functions)):
+        known = any(entry.domain == "" for entry in imports)
+        for entry in [entry for entry in imports if entry.domain == "ai.onnx"]:
+            if known:
+                imports.remove(entry)
+            entry.domain = ""
+    for node, _ in contents.nodes:
+        if node.domain == "ai.onnx":
+            node.domain = ""
 
 
 def _check_names(contents: Contents, name: str) -> None:

@@ -300,9 +300,17 @@ def test_self_contained_control_flow_runs_through_ort() -> None:
     assert executor.run({"condition": torch.tensor(False)})["y"].tolist() == [-1.0]
 
 
-def test_control_flow_that_reads_from_outside_is_refused_at_once() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"node 'choice' \(If\) reads x from outside"):
-        Executor(ir.from_proto(_conditional("x")))
+def test_control_flow_is_given_what_it_reads_from_outside() -> None:
+    executor = Executor(ir.from_proto(_conditional("x")))
+    x = torch.tensor([3.0])
+    assert executor.run({"condition": torch.tensor(True), "x": x})["y"].tolist() == [1.0]
+    assert executor.run({"condition": torch.tensor(False), "x": x})["y"].tolist() == [-3.0]
+
+
+def test_control_flow_that_is_not_given_what_it_reads_is_an_error() -> None:
+    model = ir.from_proto(_conditional("x"))
+    with pytest.raises(UnsupportedModelError, match="reads 2 values and is given 1"):
+        Executor(model).run_node(model.graph[0], [torch.tensor(True)])
 
 
 def test_outputs_that_an_operator_does_not_give_are_refused() -> None:

@@ -102,7 +102,7 @@ def two_inputs(make_model: Callable[..., onnx.ModelProto], order: list[str]) -> 
 
 @pytest.mark.parametrize(
     ("order", "reason"),
-    [(["a", "b"], "computed at run time"), (["w", "a"], "computed at run time"), (["w", "w"], "first input")],
+    [(["a", "b"], "computed at run time"), (["w", "a"], "first operand"), (["w", "w"], "first input")],
     ids=["attention", "weight first", "constants"],
 )
 def test_matmul_without_a_constant_second(
