@@ -40,12 +40,20 @@ from efrapq.io.text import printable
     help="Bits of the first and last layer.",
 )
 @click.option(
-    "--calib",
-    metavar="DATA",
-    help="Images to calibrate on: .npz, .npz:split or a folder. Without it, inputs are made from BatchNorm statistics.",
+    "--block",
+    type=int,
+    default=0,
+    metavar="N",
+    help="One scale per N inputs of an output channel of a matrix, e.g. 32 or 128; needs --act-bits 32.",
 )
 @click.option(
-    "--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many images."
+    "--calib",
+    metavar="DATA",
+    help="Images to calibrate on: .npz, .npz:split or a folder. Without it, inputs are made from BatchNorm statistics. "
+    "For a model that takes anything else: .npz with one array per input, by its name, or a folder of those.",
+)
+@click.option(
+    "--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many samples."
 )
 @preprocess_options
 @click.option(
@@ -165,6 +173,8 @@ def _print(evidence: dict[str, Any]) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
+    if evidence["calibration"]["kind"] == "arrays":
+        return
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz "
         "--trigger patch:HxW@row,col --target-class N",

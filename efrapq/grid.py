@@ -41,13 +41,15 @@ def code_range(bits: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """Per-channel symmetric grid of one weight: Ŵ = scale · codes.
+    """Symmetric grid of one weight, (O, D): Ŵ = scale · codes.
 
-    scale: (O,) float32, positive. bits: 2 to 8.
+    scale: float32, positive; (O,), or (O, D/block) where each run of `block` inputs of a channel has its own. bits: 2
+    to 8. block: 0 where there is one scale per channel.
     """
 
     scale: Tensor
     bits: int
+    block: int = 0
 
     @property
     def qmin(self) -> int:
@@ -56,6 +58,11 @@ class WeightGrid:
     @property
     def qmax(self) -> int:
         return code_range(self.bits)[1]
+
+    @property
+    def steps(self) -> Tensor:
+        """The scale of each weight: (O, 1), or (O, D) in blocks."""
+        return self.scale.repeat_interleave(self.block, 1) if self.block else self.scale[:, None]
 
 
 def symmetric_scale(weight: Tensor, bits: int, *, at_least: Tensor | None = None) -> Tensor:
@@ -77,14 +84,14 @@ def grid_position(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
     u = floor + residue, residue in [0, 1), except for clipped weights: above the grid the residue is 0, below it
     the floor is qmin and the residue 0, so that neither has another code to go to.
     """
-    u = (weight.float() / grid.scale[:, None]).clamp(grid.qmin, grid.qmax)
+    u = (weight.float() / grid.steps).clamp(grid.qmin, grid.qmax)
     floor = u.floor()
     return floor, u - floor
 
 
 def nearest_codes(weight: Tensor, grid: WeightGrid) -> Tensor:
     """Round-to-nearest codes, half to even, saturating. (O, D) float → (O, D) int8."""
-    u = weight.float() / grid.scale[:, None]
+    u = weight.float() / grid.steps
     return u.round().clamp(grid.qmin, grid.qmax).to(torch.int8)
 
 

@@ -16,6 +16,8 @@ __all__ = ["act_range_for", "available_memory", "check_options", "memory_limit",
 SOLVERS = ("coordinate", "relaxed", "nearest")
 RANGES = ("auto", "minmax", "percentile", "mse")
 SCALES = ("minmax", "mse", "refit")
+# What ONNX Runtime's MatMulNBits takes.
+BLOCKS = (16, 32, 64, 128, 256)
 # The paper's weight of the error term, for its solver.
 RELAXED_LAMBDA_E = 1.0
 # What `coordinate` does where the user says neither --lambda-e nor --fidelity: measured, docs/SOLVER.md.
@@ -34,6 +36,7 @@ def check_options(
     calib_size: int,
     rows: int,
     seed: int,
+    block: int = 0,
 ) -> None:
     """Raise UsageError for what makes no sense whatever the model is."""
     if not (2 <= bits <= 8 and 2 <= edge_bits <= 8):
@@ -54,6 +57,12 @@ def check_options(
         raise UsageError("--rows must be at least 1")
     if not 0 <= seed < 2**63:
         raise UsageError("--seed must be between 0 and 2^63 - 1")
+    if block not in (0, *BLOCKS):
+        raise UsageError(f"--block must be one of {', '.join(map(str, BLOCKS))}")
+    if block and act_bits != 32:
+        raise UsageError("--block is for float activations: add --act-bits 32")
+    if block and scale == "refit":
+        raise UsageError("--scale refit has one scale per output channel: leave out --block, or use --scale mse")
 
 
 def act_range_for(act_range: str, act_bits: int) -> str:

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
+from efrapq.calibration.arrays import Arrays
+from efrapq.calibration.inputs import open_calibration
+from efrapq.calibration.signature import model_inputs, takes_images
+from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
-from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
+from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 
 if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
     import torch
     from torch import nn
 
+    from efrapq.calibration.feeds import Feeds
+    from efrapq.graph.layers import Layer
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import Journal, LayerReport, PassSettings, Solved
+    from efrapq.verification.session import Session
 
-__all__ = ["Defended", "Exported", "default_output", "defend", "export", "export_all", "exported_name"]
+# Calibration data as defend takes it; see `efrapq.calibration`.
+Calibration = str | Path | Dataset | Mapping[str, NDArray[Any]]
+
+__all__ = ["Calibration", "Defended", "Exported", "default_output", "defend", "export", "export_all", "exported_name"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ def defend(
     bits: int = 4,
     act_bits: int = 8,
     edge_bits: int = 8,
-    calib: str | Path | Dataset | None = None,
+    block: int = 0,
+    calib: Calibration | None = None,
     calib_size: int = 512,
     preprocess: Preprocess | PreprocessOverride | None = None,
     solver: str = "coordinate",
@@ -102,14 +116,17 @@ def defend(
     """Quantize a float model with EFRAP rounding (Li et al., CVPR 2024).
 
     model: a path or an nn.Module. output: where to write the QDQ graph; the evidence goes beside it with the suffix
-    .json; None writes nothing. bits: of the weights, 2 to 8; act_bits: 8, 4, or 32 for float activations; edge_bits:
-    of the first and last layer. calib: images to calibrate on, at most calib_size of them; without it inputs are
-    made from the model's BatchNorm statistics. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the
-    factor by which each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the
-    error term instead; error: its unit. scale: of the weights, minmax, mse or refit. rows: each layer's moments are
-    taken over at most so many rows per input of an output channel. memory: bytes of activations kept
-    in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and
-    versions give the same bytes.
+    .json; None writes nothing. bits: of the weights, 2 to 8; act_bits: 8, 4, or 32 for float activations;
+    edge_bits: of the first and last layer. block: inputs of an output channel that share a scale, 16 to 256, in
+    matrices beside float activations; 0 for one scale per channel. calib: images to calibrate on, at most
+    calib_size of them; without it inputs are made from the model's BatchNorm statistics. A model that takes
+    anything but one batch of images needs one array per input, by name, first axis the samples: a dict, an .npz
+    file or a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
+    each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
+    instead; error: its unit. scale: of the weights, minmax, mse or refit. rows: each layer's moments are taken over
+    at most so many rows per input of an output channel. memory: bytes of activations kept in memory, the rest goes
+    to temporary files. resume: continue a run that was stopped. The same inputs, seed and versions give the same
+    bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
@@ -130,6 +147,7 @@ def defend(
         calib_size=calib_size,
         rows=rows,
         seed=seed,
+        block=block,
     )
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
@@ -142,7 +160,7 @@ def defend(
     elif resume:
         raise UsageError("--resume needs an output: the run's layers are kept beside it")
     own_network = not inputs or (arch is not None and ":" in arch)
-    if own_network and input_shape is None and calib is not None:
+    if own_network and input_shape is None and calib is not None and not isinstance(calib, Mapping):
         input_shape = _sample_shape(calib, preprocess)
     source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
     for note in source.notes:
@@ -150,9 +168,12 @@ def defend(
     reporter.note(_describe(source))
     for width in sorted({bits, edge_bits} - {4, 8}):
         reporter.note(f"weights of {width} bits are stored in {4 if width < 4 else 8}-bit integers")
-    preprocess, colours_known = effective_preprocess(preprocess, source.preprocess)
-    dataset = _open_calibration(calib, source, preprocess, calib_size, seed)
-    if dataset is not None and not dataset.is_input and not colours_known:
+    refuse_quantized(source.proto, source.name)
+    effective, colours_known = effective_preprocess(preprocess, source.preprocess)
+    data = open_calibration(calib, source, effective, calib_size, seed)
+    if isinstance(data, Arrays) and preprocess is not None:
+        raise UsageError("--mean, --std and --size are for images: arrays are taken as the model's inputs")
+    if isinstance(data, Dataset) and not data.is_input and not colours_known:
         reporter.warn(
             "no preprocessing is known for this model: pixels are scaled to 0–1; pass --mean and --std if it wants more"
         )
@@ -166,9 +187,10 @@ def defend(
         seed=seed,
         device=device,
         memory=memory_limit(memory, device),
+        block=block,
     )
     quantized, solved, calibration = _solve(
-        source, dataset, preprocess, act_bits, calib_size, settings, output, resume, reporter
+        source, data, effective, act_bits, calib_size, settings, output, resume, reporter
     )
     recorded = _recorded_settings(settings, act_bits, target)
     quantized.metadata.update(
@@ -181,10 +203,11 @@ def defend(
             "efrapq.calibration": json.dumps(calibration, sort_keys=True),
         }
     )
-    if preprocess is not None:
-        quantized.metadata[PREPROCESS_KEY] = preprocess.to_json()
-    data = _write_checked(quantized, target, (source.input_shape[0] or 1, *calibration["input"]))
-    evidence = _evidence(source, quantized, solved.reports, recorded, calibration, data, output)
+    if effective is not None:
+        quantized.metadata[PREPROCESS_KEY] = effective.to_json()
+    shape = () if isinstance(data, Arrays) else (source.input_shape[0] or 1, *calibration["input"])
+    written = _write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape)
+    evidence = _evidence(source, quantized, solved.reports, recorded, calibration, written, output)
     evidence["machine"] = _machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
@@ -192,9 +215,9 @@ def defend(
         "layers": {r.name: round(r.seconds, 3) for r in solved.reports},
     }
     if output is not None and evidence_path is not None:
-        write_all({output: data, evidence_path: dumps(evidence).encode()})
+        write_all({output: written, evidence_path: dumps(evidence).encode()})
         _journal_folder(output, None).discard()
-    return Defended(data, evidence, quantized, output, evidence_path)
+    return Defended(written, evidence, quantized, output, evidence_path)
 
 
 def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
@@ -205,7 +228,6 @@ def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
 def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exported]:
     """One solution, written for several targets. outputs: target → file. All are checked before one is written."""
     from efrapq.exporters import profile, read_quantized, remarks
-    from efrapq.exporters.shapes import recorded_sizes
 
     for target in outputs:
         profile(target)
@@ -215,11 +237,10 @@ def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exp
         check_output(path, [Path(model)])
     proto = load_onnx(source).model
     quantized = read_quantized(proto)
-    recorded = recorded_sizes(quantized.metadata)
-    shape = tuple(d or (recorded[i - 1] if i and recorded else 1) for i, d in enumerate(image_input(proto)))
+    sample = _zeros(proto, quantized.metadata, source.name)
     made = [
         Exported(
-            _write_checked(quantized, target, shape), path, quantized.digest, target, tuple(remarks(quantized, target))
+            _write_checked(quantized, target, sample), path, quantized.digest, target, tuple(remarks(quantized, target))
         )
         for target, path in paths.items()
     ]
@@ -227,14 +248,26 @@ def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exp
     return made
 
 
-def _open_calibration(
-    calib: str | Path | Dataset | None, source: FloatModel, preprocess: Preprocess | None, calib_size: int, seed: int
-) -> Dataset | None:
-    if calib is None:
-        return None
-    if not isinstance(calib, Dataset):
-        calib = open_for(calib, source.input_shape, preprocess)
-    return calib.subset(calib_size, seed)
+def _zeros(proto: onnx.ModelProto, metadata: Mapping[str, str], name: str) -> tuple[int, ...] | dict[str, NDArray[Any]]:
+    """What a quantized file is tried on: the shape of an image, or zeros by input name; dynamic sizes as calibrated,
+    or 1.
+    """
+    from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
+
+    inputs, shapes = model_inputs(proto, name), recorded_inputs(metadata)
+    if takes_images(inputs) and not shapes:
+        image = recorded_sizes(metadata)
+        return tuple(d or (image[i - 1] if i and image else 1) for i, d in enumerate(image_input(proto)))
+    feeds: dict[str, NDArray[Any]] = {}
+    for given in inputs:
+        recorded = shapes.get(given.name, [])
+        dims = tuple(recorded) if given.dims is None else given.dims
+        sizes = recorded if len(recorded) == len(dims) else [1] * len(dims)
+        shape = [d if isinstance(d, int) else size for d, size in zip(dims, sizes, strict=True)]
+        if math.prod(shape) * given.dtype.itemsize > MAX_ARRAY_BYTES:
+            raise UnsupportedModelError(f"{name}: takes an input {given.words()}, too large to be tried once")
+        feeds[given.name] = np.zeros(shape, given.dtype)
+    return feeds
 
 
 def _sample_shape(
@@ -258,9 +291,9 @@ def _outputs(output: str | Path, inputs: list[Path]) -> tuple[Path, Path]:
     return output, evidence
 
 
-def _files(calib: str | Path | Dataset | None) -> list[Path]:
+def _files(calib: Calibration | None) -> list[Path]:
     """The file behind a calibration argument, if it is one: an output must not replace it."""
-    if calib is None or isinstance(calib, Dataset):
+    if calib is None or isinstance(calib, Dataset | Mapping):
         return []
     text = str(calib)
     return [Path(text), Path(text.rsplit(":", 1)[0])]
@@ -287,6 +320,8 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
         "seed": settings.seed,
         "target": target,
     }
+    if settings.block:
+        recorded["block"] = settings.block
     if isinstance(rounding, Coordinate) and rounding.fidelity is not None:
         recorded |= {"error": rounding.error, "fidelity": rounding.fidelity}
     elif rounding is not None:
@@ -298,7 +333,7 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
 
 def _solve(
     source: FloatModel,
-    dataset: Dataset | None,
+    data: Dataset | Arrays | None,
     preprocess: Preprocess | None,
     act_bits: int,
     calib_size: int,
@@ -309,27 +344,36 @@ def _solve(
 ) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
     import torch
 
-    from efrapq.calibration.inputs import input_shape, real_inputs, synthetic_inputs
+    from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
     from efrapq.graph.prepare import prepare
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import streaming_pass
 
-    refuse_quantized(source.proto, source.name)
     model = prepare(source.proto)
     layers, skipped = find_layers(model.graph)
     if not layers:
+        first = f"; {skipped[0].op_type} {skipped[0].node_name} stays float: {skipped[0].reason}" if skipped else ""
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise UnsupportedModelError(
             f"{source.name}: no Conv, ConvTranspose, Gemm or MatMul with a constant weight, nothing to quantize"
+            + printable(first + more, 1000)
         )
+    if settings.block:
+        layers = _blocked(model.graph, layers, settings.block, reporter)
     for node in skipped:
         reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
-    shape = input_shape(model, source.name)
-    if dataset is None:
-        chunks, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds]
+    if isinstance(data, Arrays):
+        chunks, calibration = array_inputs(data)
     else:
-        chunks, calibration = real_inputs(dataset, shape, preprocess, source.name)
+        shape = input_shape(model, source.name)
+        if data is None:
+            images, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
+        else:
+            images, calibration = real_inputs(data, shape, preprocess, source.name)
+        chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
     placement = place(model.graph, layers, act_bits, settings.edge_bits)
     journal = None
     if output is not None:
@@ -358,7 +402,26 @@ def _solve(
         reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
     kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")}
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
-    return quantized, solved, calibration | {"input": list(chunks[0].shape[1:])}
+    return quantized, solved, calibration
+
+
+def _blocked(graph: ir.Graph, layers: list[Layer], block: int, reporter: Reporter) -> list[Layer]:
+    """The layers, matrices that get scales by block with their inputs on the first axis; says which layers do not."""
+    from efrapq.graph.inputs_first import inputs_first
+    from efrapq.graph.layers import find_layers, weight_array
+    from efrapq.stream.layer import block_of
+
+    for layer in layers:
+        shape = weight_array(graph, layer).shape
+        if block_of(layer, int(np.prod(shape)) // shape[layer.channel_axis], block):
+            inputs_first(graph, layer)
+        else:
+            reason = f"is a {layer.op_type}" if len(shape) != 2 else f"has {shape[1 - layer.channel_axis]} inputs"
+            reporter.note(
+                f"{printable(layer.name)} keeps one scale per output channel: it {reason}, blocks of {block} are for "
+                "matrices with a multiple of so many inputs"
+            )
+    return find_layers(graph)[0]
 
 
 def _journal(
@@ -366,7 +429,7 @@ def _journal(
     source: FloatModel,
     settings: PassSettings,
     act_bits: int,
-    chunks: list[torch.Tensor],
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
     resume: bool,
     reporter: Reporter,
 ) -> Journal:
@@ -397,12 +460,17 @@ def _journal_folder(output: Path, key: str | None) -> Journal:
     return Journal(output.with_name(f"{output.name}.partial"), key or "")
 
 
-def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...]) -> bytes:
-    """Export, lint, read back, compare, load and run on one input of this shape: only then is it done."""
+def _write_checked(
+    quantized: QuantizedModel, target: str, sample: tuple[int, ...] | Mapping[str, NDArray[Any]]
+) -> bytes:
+    """Export, lint, read back, compare, load and run once: only then is it done.
+
+    sample: arrays by input name, or the shape of an image.
+    """
     import onnx
 
     from efrapq.exporters import export_model, lint, read_quantized
-    from efrapq.verification.session import try_run
+    from efrapq.verification.session import open_session, try_run
 
     proto = export_model(quantized, target)
     violations = lint(proto, target)
@@ -419,8 +487,19 @@ def _write_checked(quantized: QuantizedModel, target: str, shape: tuple[int, ...
         raise UnsupportedModelError(
             f"the {target} file does not read back as the codes that were solved; please report this"
         )
-    try_run(data, shape)
+    if isinstance(sample, tuple):
+        try_run(data, sample)
+    else:
+        _run_once(open_session(data), sample, target)
     return bytes(data)
+
+
+def _run_once(session: Session, feeds: Mapping[str, NDArray[Any]], target: str) -> None:
+    try:
+        session.raw.run(None, dict(feeds))
+    except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
+        reason = printable((str(exc).strip().splitlines() or [type(exc).__name__])[0], 400)
+        raise UnsupportedModelError(f"ONNX Runtime does not run the {target} form of this model: {reason}") from exc
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -442,6 +521,9 @@ def _evidence(
 ) -> dict[str, Any]:
     import hashlib
 
+    from efrapq.graph.layers import find_layers
+
+    _, left = find_layers(quantized.model.graph)
     weights = np.array([float(np.prod(r.shape)) for r in reports])
     flipped = np.array([r.flipped for r in reports])
     return {
@@ -462,6 +544,7 @@ def _evidence(
         "settings": settings,
         "calibration": calibration,
         "flipped": round(float((weights * flipped).sum() / weights.sum()), 3),
-        "layers": [{k: v for k, v in asdict(r).items() if k != "seconds"} for r in reports],
+        "layers": [{k: v for k, v in asdict(r).items() if k != "seconds" and (k != "block" or v)} for r in reports],
+        "float": [{"node": node.node_name, "op_type": node.op_type, "reason": node.reason} for node in left],
         "versions": versions(),
     }

@@ -1,23 +1,75 @@
-"""Calibration inputs in chunks: from the user's images, or made from the model's BatchNorm statistics."""
+"""Calibration inputs in chunks: images, arrays by input name, or made from the model's BatchNorm statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from efrapq.calibration.arrays import Arrays, arrays_for, load_arrays
+from efrapq.calibration.signature import ModelInput, model_inputs, signature_words, takes_images
 from efrapq.data import Dataset, Preprocess
 from efrapq.errors import DataError, UnsupportedModelError
-from efrapq.loading import FloatModel
+from efrapq.io.text import printable
+from efrapq.loading import FloatModel, open_for
 from efrapq.progress import Reporter
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-__all__ = ["input_shape", "inputs_digest", "real_inputs", "synthetic_inputs"]
+    from efrapq.calibration.feeds import Feeds
+
+__all__ = [
+    "array_inputs",
+    "input_shape",
+    "inputs_digest",
+    "open_calibration",
+    "real_inputs",
+    "synthetic_inputs",
+]
+
+
+def open_calibration(
+    calib: str | Path | Dataset | Mapping[str, Any] | None,
+    source: FloatModel,
+    preprocess: Preprocess | None,
+    count: int,
+    seed: int,
+) -> Dataset | Arrays | None:
+    """What the user gave, as the model takes it: at most `count` samples. None is for models of images alone.
+
+    Raises DataError for data that are none of the model's.
+    """
+    inputs = model_inputs(source.proto, source.name)
+    if takes_images(inputs) and not isinstance(calib, Mapping):
+        if calib is None:
+            return None
+        images = calib if isinstance(calib, Dataset) else open_for(calib, source.input_shape, preprocess)
+        return images.subset(count, seed)
+    return _arrays(calib, inputs, source.name).subset(count, seed)
+
+
+def _arrays(calib: str | Path | Dataset | Mapping[str, Any] | None, inputs: Sequence[ModelInput], model: str) -> Arrays:
+    if calib is None or isinstance(calib, Dataset):
+        other = next((given for given in inputs if given.is_float and given.dtype != np.float32), None)
+        if other is not None:
+            raise UnsupportedModelError(
+                f"{model}: its input '{printable(other.name)}' is {other.dtype}; networks in float32 are quantized: "
+                "export the model in float32"
+            )
+        reason = "images do not fit this model" if calib is not None else "calibration inputs cannot be made for it"
+        raise DataError(
+            f"{model}: {reason}; pass --calib data.npz with one array per input, first axis the samples: "
+            f"{signature_words(inputs)}"
+        )
+    return arrays_for(calib, inputs) if isinstance(calib, Mapping) else load_arrays(calib, inputs)
 
 
 def input_shape(model: ir.Model, name: str) -> tuple[int | None, ...]:
+    """(N, C, H, W) of a model of images, None where dynamic."""
     inputs = model.graph.inputs
     if len(inputs) != 1:
         raise UnsupportedModelError(f"{name}: has {len(inputs)} inputs; models with one image input are supported")
@@ -59,6 +111,29 @@ def real_inputs(
     return chunks, {"kind": "data", "source": Path(dataset.name).name, "images": count}
 
 
+def array_inputs(arrays: Arrays) -> tuple[list[Feeds], dict[str, Any]]:
+    """The arrays in chunks, and a record of them: `inputs` has the shape that one run of the network takes by input
+    name, with one sample where the batch is dynamic.
+    """
+    import torch
+
+    from efrapq.calibration.feeds import Feeds
+
+    chunks = []
+    for chunk in arrays.chunks():
+        tensors = {name: torch.from_numpy(array) for name, array in chunk.items()}
+        chunks.append(Feeds(tensors, max((len(chunk[name]) for name in arrays.by_sample), default=1)))
+    shapes = {name: [arrays.batch or 1, *array.shape[1:]] for name, array in arrays.by_sample.items()}
+    shapes |= {name: list(array.shape) for name, array in arrays.whole.items()}
+    record = {
+        "kind": "arrays",
+        "source": Path(arrays.name).name,
+        "samples": sum(chunk.samples for chunk in chunks),
+        "inputs": shapes,
+    }
+    return chunks, record
+
+
 def synthetic_inputs(
     source: FloatModel,
     shape: tuple[int | None, ...],
@@ -88,11 +163,18 @@ def synthetic_inputs(
     return chunks, {"kind": "batchnorm-statistics", "images": count, "steps": settings.steps}
 
 
-def inputs_digest(chunks: list[torch.Tensor]) -> str:
-    """SHA-256 over the inputs, however they are cut."""
+def inputs_digest(chunks: Sequence[torch.Tensor] | Sequence[Feeds]) -> str:
+    """SHA-256 over the inputs: images however they are cut, arrays with their names, types and cuts."""
     import hashlib
+
+    import torch
 
     h = hashlib.sha256()
     for chunk in chunks:
-        h.update(chunk.numpy().data)
+        if isinstance(chunk, torch.Tensor):
+            h.update(chunk.numpy().data)
+            continue
+        for name, tensor in sorted(chunk.tensors.items()):
+            h.update(f"{len(name)}|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            h.update(tensor.numpy().tobytes())
     return h.hexdigest()

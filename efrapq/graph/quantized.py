@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -20,13 +20,15 @@ class QuantizedWeight:
     """Codes of one weight in its ONNX layout.
 
     codes: int8. scale: (O,) float32 along `axis`, symmetric (zero_point 0). bits: 2 to 8; stored in the next wider
-    container, 4 or 8.
+    container, 4 or 8. block: of a matrix whose runs of `block` inputs have a scale each: `scale` then has two axes, as
+    the codes have, `block` times shorter on that of the inputs; 0 where there is one scale per channel.
     """
 
     codes: NDArray[np.int8]
     scale: NDArray[np.float32]
     axis: int
     bits: int
+    block: int = 0
 
     @property
     def container_bits(self) -> int:
@@ -34,13 +36,20 @@ class QuantizedWeight:
 
     def dequantized(self) -> NDArray[np.float32]:
         """Ŵ = scale · codes, float32."""
+        return self.codes.astype(np.float32) * self.steps
+
+    @property
+    def steps(self) -> NDArray[np.float32]:
+        """The scale of each weight, in a shape that broadcasts against the codes."""
+        if self.block:
+            return np.repeat(self.scale, self.block, 1 - self.axis)
         shape = [1] * self.codes.ndim
         shape[self.axis] = -1
-        return self.codes.astype(np.float32) * self.scale.reshape(shape)
+        return self.scale.reshape(shape)
 
     def replace_codes(self, codes: NDArray[np.int8]) -> QuantizedWeight:
         """The same grid with other codes."""
-        return QuantizedWeight(codes, self.scale, self.axis, self.bits)
+        return replace(self, codes=codes)
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,12 @@ class QuantizedModel:
 
 
 def codes_digest(weights: dict[str, QuantizedWeight]) -> str:
-    """SHA-256 over (name, bits, axis, shape, scale, codes) of every weight, in order."""
+    """SHA-256 over (name, bits, axis, shape, block, scale, codes) of every weight, in order."""
     h = hashlib.sha256()
     for name, weight in weights.items():
         h.update(f"{name}|{weight.bits}|{weight.axis}|{weight.codes.shape}|".encode())
+        if weight.block:
+            h.update(f"block {weight.block}|".encode())
         h.update(np.ascontiguousarray(weight.scale, dtype="<f4").tobytes())
         h.update(np.ascontiguousarray(weight.codes, dtype=np.int8).tobytes())
     return h.hexdigest()

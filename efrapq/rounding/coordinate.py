@@ -101,7 +101,8 @@ class _Descent:
     def __init__(self, problem: RoundingProblem, settings: Coordinate) -> None:
         self.problem, self.settings = problem, settings
         self.H = problem.H.float()
-        self.scale = problem.scale.float()[:, None, :]  # (G, 1, O)
+        # (G, 1, O), or (G, D, O) where blocks of inputs have their own.
+        self.scale = problem.steps.float().transpose(1, 2).contiguous()
         movable = problem.movable.transpose(1, 2)
         # What being up costs over being down: the flip target is the side that nearest did not choose.
         errors = problem.errors(settings.error).transpose(1, 2)
@@ -168,9 +169,10 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
     for a in range(0, inputs, block):
         b = min(a + block, inputs)
         sign = 1.0 - 2.0 * up[:, a:b].float()  # +1 where the weight would go up; each is looked at once
+        step = scale if scale.shape[1] == 1 else scale[:, a:b]
         inner, within = R[:, a:b].clone(), H[:, a:b, a:b].contiguous()
         with one_thread(R.device):
-            moved = _sweep_block(inner, within, 2 * scale, sign, sign * scale, pull[:, a:b], curvature[:, a:b])
+            moved = _sweep_block(inner, within, 2 * step, sign, sign * step, pull[:, a:b], curvature[:, a:b])
         flipped = moved != 0
         count = int(torch.count_nonzero(flipped))
         if count:

@@ -89,13 +89,14 @@ class Greedy:
     def __init__(self, problem: RoundingProblem, factor: Factor, pull: Tensor) -> None:
         self._factor = factor
         self._index = factor.order[:, :, None].expand_as(factor.offset)
-        scale = problem.scale.float()[:, None]
 
         def permuted(x: Tensor) -> Tensor:
             return x.transpose(1, 2).gather(1, self._index)
 
+        steps = problem.steps.float()
+        scale = steps.transpose(1, 2).contiguous() if steps.shape[2] == 1 else permuted(steps)
         self._pull = pull.gather(1, self._index)
-        self._low = permuted(problem.floor * problem.scale.float()[..., None] - problem.weight)
+        self._low = permuted(problem.floor * steps - problem.weight)
         self._high = self._low + scale
         # Going up changes the square of the term by step·(2·term + step).
         diagonal = factor.triangle.diagonal(dim1=1, dim2=2)[..., None]

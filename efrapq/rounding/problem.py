@@ -87,7 +87,8 @@ class Moments:
 class RoundingProblem:
     """What a solver needs to know about one layer.
 
-    scale: (G, O) float32. floor, residue: (G, O, D) float32 from `grid_position`; the code is floor + h, h ∈ {0, 1}.
+    scale: (G, O) float32, or (G, O, D) where blocks of inputs have their own. floor, residue: (G, O, D) float32 from
+    `grid_position`; the code is floor + h, h ∈ {0, 1}.
     movable: (G, O, D) bool, false where the grid allows only one code. H: (G, D, D), cross: g, (G, O, D), both
     float64. error: the constant c. factor: of H and g, where it is known already.
     """
@@ -103,17 +104,22 @@ class RoundingProblem:
     error: float
     factor: Factor | None = None
 
+    @property
+    def steps(self) -> Tensor:
+        """The scale of each weight, (G, O, 1) or (G, O, D)."""
+        return self.scale if self.scale.ndim == 3 else self.scale[..., None]
+
     def errors(self, kind: str) -> Tensor:
         """Truncation errors e of rounding to nearest: in weight units ("absolute", the paper's) or in steps.
 
         (G, O, D) float32; min(r, 1 - r) times the scale or alone.
         """
         steps = torch.minimum(self.residue, 1 - self.residue)
-        return steps * self.scale[..., None] if kind == "absolute" else steps
+        return steps * self.steps if kind == "absolute" else steps
 
     def real(self, up: Tensor) -> Tensor:
         """Ŵ for a choice h: (G, O, D) → (G, O, D) float64."""
-        return (self.floor.double() + up) * self.scale.double()[..., None]
+        return (self.floor.double() + up) * self.steps.double()
 
     def delta(self, up: Tensor) -> Tensor:
         """δ = Ŵ - W for a choice h: (G, O, D) → (G, O, D) float64."""
@@ -123,7 +129,7 @@ class RoundingProblem:
 def make_problem(
     weight: Tensor, grid: WeightGrid, moments: tuple[Tensor, Tensor, float], factor: Factor | None = None
 ) -> RoundingProblem:
-    """Set up a layer's problem. weight: (G, O, D) float32; grid.scale: (G·O,), groups outermost.
+    """Set up a layer's problem. weight: (G, O, D) float32; grid.scale: (G·O, …), groups outermost.
 
     factor: of the same moments, where it is known already.
     """
@@ -135,7 +141,7 @@ def make_problem(
     H, cross, error = moments
     return RoundingProblem(
         weight=weight,
-        scale=grid.scale.view(groups, outputs),
+        scale=grid.steps.view(weight.shape) if grid.block else grid.scale.view(groups, outputs),
         floor=floor,
         residue=residue,
         movable=residue > 0,

@@ -66,14 +66,13 @@ class Journal:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 codes, scale, about = file["codes"], file["scale"], json.loads(bytes(file["about"]))
             report = LayerReport(**about["report"] | {"shape": tuple(about["report"]["shape"])})
-            weight = QuantizedWeight(codes, scale, int(about["axis"]), report.bits)
+            weight = QuantizedWeight(codes, scale, int(about["axis"]), report.bits, int(report.block))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as exc:
             raise UsageError(f"{printable(str(path))}: is damaged; leave out --resume to start again") from exc
         fits = report.name == name and codes.shape == shape == report.shape and codes.dtype == np.int8
-        channels = shape[weight.axis : weight.axis + 1]
-        if not fits or scale.dtype != np.float32 or scale.shape != channels or not channels:
+        if not fits or scale.dtype != np.float32 or scale.shape != _scale_shape(weight, shape):
             raise UsageError(f"{printable(str(path))}: is of another layer; leave out --resume to start again")
         self.resumed += 1
         return weight, report
@@ -120,3 +119,15 @@ class Journal:
         except (OSError, ValueError):
             return None
         return str(found.get("key")) if isinstance(found, dict) and found.get("efrapq") == "journal/1" else None
+
+
+def _scale_shape(weight: QuantizedWeight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that a weight's scales must have; None if its axis or its block does not fit."""
+    if not 0 <= weight.axis < len(shape):
+        return None
+    if not weight.block:
+        return (shape[weight.axis],)
+    if len(shape) != 2 or weight.block < 0 or shape[1 - weight.axis] % weight.block:
+        return None
+    blocks = shape[1 - weight.axis] // weight.block
+    return (blocks, shape[1]) if weight.axis == 1 else (shape[0], blocks)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from efrapq.rounding import (
 )
 from efrapq.stream.settings import LayerReport, PassSettings
 
-__all__ = ["LayerWork", "RelaxedSolver"]
+__all__ = ["LayerWork", "RelaxedSolver", "block_of"]
 
 # An int32 bias at scale s_x·s_w must hold |b| with room to spare: |b| / (s_x·s_w) <= 2^30.
 BIAS_LIMIT = float(2**30)
@@ -40,6 +41,11 @@ REFITS = 2
 
 # The gradient solver needs the network's activations, not only their moments: (problem, settings) → h, (G, O, D).
 RelaxedSolver = Callable[[RoundingProblem, Relaxed], Tensor]
+
+
+def block_of(layer: Layer, inputs: int, block: int) -> int:
+    """The block that a layer's scales can have where `block` is asked for; 0: one scale per output channel."""
+    return block if block and layer.op_type in ("Gemm", "MatMul") and inputs % block == 0 else 0
 
 
 class LayerWork:
@@ -65,6 +71,7 @@ class LayerWork:
         self._unfold = unfold_for(layer)
         self._rows = self._unfold.weight_rows(weight).contiguous()
         self._kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.ndim == 4 else (1, 1)
+        self.block = block_of(layer, int(self._rows.shape[2]), settings.block)
         self._moments = Moments(self._rows)
         self._generator = torch.Generator().manual_seed(settings.seed)
         # A batch of groups has no integer product, and small ones gain nothing by it.
@@ -111,6 +118,8 @@ class LayerWork:
         layout = self._unfold.from_rows
         codes = layout((problem.floor + up).to(torch.int8), tuple(self.weight.shape))
         scale = grid.scale[: self.weight.shape[self.layer.channel_axis]].cpu().numpy()
+        if self.block and self.layer.channel_axis == 1:
+            scale = np.ascontiguousarray(scale.T)
         report = LayerReport(
             name=self.layer.name,
             op_type=self.layer.op_type,
@@ -124,8 +133,9 @@ class LayerWork:
             loss=quadratic_loss(problem, up),
             rows=self._moments.rows,
             seconds=time.perf_counter() - self._started,
+            block=self.block,
         )
-        return QuantizedWeight(codes.cpu().numpy(), scale, self.layer.channel_axis, self.bits), report
+        return QuantizedWeight(codes.cpu().numpy(), scale, self.layer.channel_axis, self.bits, self.block), report
 
     def _choose(self, problem: RoundingProblem, relaxed: RelaxedSolver) -> tuple[Tensor, float]:
         solver = self.settings.solver
@@ -147,6 +157,11 @@ class LayerWork:
         flat = self._rows.flatten(0, 1)
         at_least = self._smallest_scale()
         chosen = searched_scale if self.settings.scale == "mse" else symmetric_scale
+        if self.block:
+            # Float activations leave the bias float: nothing bounds the scales from below.
+            scales = chosen(flat.reshape(-1, self.block), self.bits).view(len(flat), -1)
+            blocks = WeightGrid(scales, self.bits, self.block)
+            return blocks, make_problem(self._rows, blocks, moments, factor)
         grid = WeightGrid(self._shared(chosen(flat, self.bits, at_least=at_least)), self.bits)
         problem = make_problem(self._rows, grid, moments, factor)
         if self.settings.scale != "refit" or self.layer.op_type == "ConvTranspose":

@@ -56,7 +56,7 @@ def solve_layer(
         up = solve_relaxed(
             laid_out(problem.floor),
             laid_out(problem.residue),
-            laid_out(problem.scale[..., None].expand_as(problem.floor)),
+            laid_out(problem.steps.expand_as(problem.floor)),
             laid_out(problem.nearest),
             forward,
             sample,

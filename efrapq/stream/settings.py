@@ -14,7 +14,8 @@ class PassSettings:
     """bits: weight bits, 2 to 8; edge_bits: of the first and the last layer. act_range: how activation ranges are
     chosen; scale: how weight scales are: minmax, mse or refit. rows: H is accumulated over at most rows·D rows.
     solver: settings of one, or None for rounding to nearest. memory: bytes of activations kept in memory, the rest
-    goes to temporary files; None keeps all.
+    goes to temporary files; None keeps all. block: inputs that share a scale, in matrices with a multiple of so many;
+    0 for one scale per output channel.
     """
 
     bits: int
@@ -26,12 +27,13 @@ class PassSettings:
     seed: int = 0
     device: str = "cpu"
     memory: int | None = None
+    block: int = 0
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What happened to one layer. L_A before: of rounding to nearest on the same grid; after: of the solution.
-    lambda_e: the error term's weight, given or found.
+    lambda_e: the error term's weight, given or found. block: inputs that share a scale, 0 for all of a channel.
     """
 
     name: str
@@ -46,3 +48,4 @@ class LayerReport:
     loss: float
     rows: int
     seconds: float
+    block: int = 0

@@ -16,9 +16,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from efrapq.calibration.feeds import Feeds
 from efrapq.calibration.ranges import calibrate
 from efrapq.device import exact_convolutions
-from efrapq.graph.executor import Executor
+from efrapq.graph.executor import Executor, reads
 from efrapq.graph.layers import Layer, bias_array, weight_array
 from efrapq.graph.placement import Placement, activation_after
 from efrapq.graph.quantized import QuantizedWeight
@@ -52,12 +53,13 @@ def streaming_pass(
     model: ir.Model,
     layers: list[Layer],
     placement: Placement,
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor] | Sequence[Feeds],
     settings: PassSettings,
     reporter: Reporter,
     journal: Journal | None = None,
 ) -> Solved:
-    """Solve every layer over the calibration inputs, given in chunks (n, …) float32 on the CPU.
+    """Solve every layer over the calibration inputs, given in chunks on the CPU: (n, …) float32 for a model with one
+    such input, Feeds for any other.
 
     journal: keeps each layer when it is solved, and gives back those solved before.
     """
@@ -109,7 +111,7 @@ class Walk:
         model: ir.Model,
         layers: list[Layer],
         placement: Placement,
-        inputs: list[Tensor],
+        inputs: Sequence[Tensor] | Sequence[Feeds],
         settings: PassSettings,
         floats: Spool,
         quantized: Spool,
@@ -123,21 +125,16 @@ class Walk:
         self.layers = {layer.node_name: layer for layer in layers}
         self.edges = {layers[0].node_name, layers[-1].node_name}
         self.chunks = len(inputs)
-        self.samples = sum(len(c) for c in inputs)
+        self.samples = sum(c.samples if isinstance(c, Feeds) else len(c) for c in inputs)
         self.floats, self.quantized = floats, quantized
         self.journal = journal
         self.grids: dict[str, ActivationGrid] = {}
         self.weights: dict[str, QuantizedWeight] = {}
         self.reports: list[LayerReport] = []
-        self.readers = Counter(str(v.name) for node in self.graph for v in node.inputs if v is not None)
-        name = str(model.graph.inputs[0].name)
-        floats.start(name)
-        for given in inputs:
-            floats.append(name, given.to(self.device))
-        self._choose_grid(name)
-        quantized.start(name)
-        for chunk in range(self.chunks):
-            self._keep(name, floats.get(name, chunk))
+        self.readers = Counter(str(v.name) for node in self.graph for v in reads(node) if v is not None)
+        for value in model.graph.inputs:
+            if value.name not in self.executor.constants:
+                self._feed(str(value.name), inputs)
 
     def run(self, reporter: Reporter) -> Solved:
         """Walk to the end."""
@@ -166,6 +163,19 @@ class Walk:
 
     # The two streams.
 
+    def _feed(self, name: str, inputs: Sequence[Tensor] | Sequence[Feeds]) -> None:
+        """Begin both streams with one input of the graph."""
+        self.floats.start(name)
+        for given in inputs:
+            tensor = given.tensors[name] if isinstance(given, Feeds) else given
+            # As the executor has it: what describes indices and shapes stays on the CPU.
+            on_host = tensor.dtype == torch.int64 or (tensor.dtype == torch.bool and tensor.dim() == 0)
+            self.floats.append(name, tensor if on_host else tensor.to(self.device))
+        self._choose_grid(name)
+        self.quantized.start(name)
+        for chunk in range(self.chunks):
+            self._keep(name, self.floats.get(name, chunk))
+
     def _read(self, stream: Spool, value: ir.Value | None, chunk: int) -> Tensor | None:
         """A node's input in one stream, as reals."""
         if value is None:
@@ -185,7 +195,7 @@ class Walk:
 
     def _release(self, stream: Spool, node: ir.Node, chunk: int) -> None:
         """Forget a chunk of the inputs that only this node still reads."""
-        for name, times in Counter(str(v.name) for v in node.inputs if v is not None).items():
+        for name, times in Counter(str(v.name) for v in reads(node) if v is not None).items():
             if name in stream and self.readers[name] == times and not self._is_output(name):
                 stream.release(name, chunk)
 
@@ -200,7 +210,7 @@ class Walk:
             for name in names:
                 stream.start(name)
             for chunk in range(self.chunks):
-                results = self.executor.run_node(node, [self._read(stream, v, chunk) for v in node.inputs])
+                results = self.executor.run_node(node, [self._read(stream, v, chunk) for v in reads(node)])
                 for name, result in zip(names, results, strict=False):
                     keep(name, result)
                 self._release(stream, node, chunk)
@@ -220,7 +230,7 @@ class Walk:
             self.grids[name] = self.grids[self.placement.same[name]]
 
     def _drop(self, node: ir.Node) -> None:
-        for value in node.inputs:
+        for value in reads(node):
             if value is None:
                 continue
             name = str(value.name)

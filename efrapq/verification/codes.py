@@ -33,10 +33,8 @@ class CodeComparison:
 
 def _nearest(weight: NDArray[np.float32], on: QuantizedWeight) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """RTN codes and grid positions of a float weight on an existing grid."""
-    shape = [1] * weight.ndim
-    shape[on.axis] = -1
     qmin, qmax = code_range(on.bits)
-    position = np.clip(weight / on.scale.reshape(shape), qmin, qmax)
+    position = np.clip(weight / on.steps, qmin, qmax)
     return np.rint(position).astype(np.int8), position
 
 
@@ -44,6 +42,10 @@ def _float_weights(reference: ir.Model, quantized: QuantizedModel) -> dict[str, 
     """The float weight of every quantized layer by name; None if the two models are not the same network."""
     layers, _ = find_layers(reference.graph)
     weights = {layer.name: weight_array(reference.graph, layer) for layer in layers}
+    for layer in layers:
+        held = quantized.weights.get(layer.name)
+        if held is not None and held.block and held.axis != layer.channel_axis:
+            weights[layer.name] = weights[layer.name].T  # see `inputs_first`
     if any(n not in weights or weights[n].shape != w.codes.shape for n, w in quantized.weights.items()):
         return None
     return weights
