@@ -25,6 +25,7 @@ PROFILE = Profile(
     summary="ONNX Runtime, ARM CPU: int8 activations and weights",
     signed_activations=True,
     int4_through_cast=True,
+    pads_codes=True,
     rules=(
         Rule("Activations are int8, as the weights are (S8S8)", QUANTIZATION, activations_typed(TensorProto.INT8)),
         Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),

@@ -29,6 +29,7 @@ PROFILE = Profile(
     name="ort-x86",
     summary="ONNX Runtime, x86 CPU: integer kernels for 8- and 4-bit weights",
     int4_through_cast=True,
+    pads_codes=True,
     pair_sums_saturate=True,
     rules=(
         Rule(

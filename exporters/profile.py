@@ -29,6 +29,8 @@ class Profile:
     int4_beside: the activations that such a weight may meet, "any", "float" (weight-only) or "quantized" (input and
     output). int4_through_cast: it passes a Cast to int8 before DequantizeLinear.
 
+    pads_codes: a Pad with zeros that keeps its input's grid stands between QuantizeLinear and DequantizeLinear.
+
     int32_bias_ops: the operators whose bias is int32 beside a quantized input; elsewhere it stays float32.
     fixed_shapes: the batch is 1 and no size is dynamic. pair_sums_saturate: the runtime's kernels on x86 without VNNI
     add pairs of products in int16. rules: what `lint` checks.
@@ -42,6 +44,7 @@ class Profile:
     int4_ops: frozenset[str] = WEIGHT_OPS
     int4_beside: str = "any"
     int4_through_cast: bool = False
+    pads_codes: bool = False
     int32_bias_ops: frozenset[str] = frozenset({"Conv", "Gemm"})
     fixed_shapes: bool = False
     pair_sums_saturate: bool = False

@@ -7,6 +7,7 @@ DequantizeLinear → `x.real`. `efrapq.exporters.readback` relies on the structu
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from efrapq.exporters.profile import Profile
 from efrapq.exporters.shapes import fix_shapes
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer, bias_array
-from efrapq.graph.placement import activation_after
+from efrapq.graph.placement import activation_after, pads_with_zero
 from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
@@ -38,7 +39,8 @@ def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
     grids = {name: profile.grid(grid) for name, grid in quantized.activations.items()}
     int4 = {layer.name for layer in quantized.layers if _is_int4(layer, quantized, profile)}
     uint4 = profile.four_bit_activations == "uint4" and any(grid.bits == 4 for grid in grids.values())
-    model = to_opset(quantized.model, INT4_OPSET if int4 or uint4 else INT8_OPSET)
+    blocks = any(weight.block for weight in quantized.weights.values())
+    model = to_opset(quantized.model, INT4_OPSET if int4 or uint4 or blocks else INT8_OPSET)
     # A conversion adds nodes without names; reading back would name them, and the file written again would differ.
     name_nodes(model.graph)
     writer = _Writer(model.graph, quantized, profile, grids, int4)
@@ -96,6 +98,8 @@ class _Writer:
         self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
         self.limits: dict[int, ir.Value] = {}
+        # By the name of what a Pad makes: the codes that it pads, their scale and zero_point.
+        self.padded: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     @property
     def offset(self) -> int:
@@ -112,7 +116,10 @@ class _Writer:
         values = {str(v.name): v for v in self.graph.inputs}
         values |= {str(o.name): o for node in self.graph for o in node.outputs}
         for name, grid in self.grids.items():
-            self._write_activation(values[name], grid)
+            if name in self.padded:
+                self._write_padded(values[name])
+            else:
+                self._write_activation(values[name], grid)
         self.graph.sort()
 
     def _constant(self, name: str, data: np.ndarray) -> ir.Value:
@@ -138,14 +145,13 @@ class _Writer:
         four = layer.name in self.int4
         element = ml_dtypes.int4 if four else np.int8
         codes = self._constant(f"{old.name}.codes", weight.codes.astype(element))
-        if four and self.profile.int4_through_cast:
+        if four and self.profile.int4_through_cast and not weight.block:
             codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8
         scale = self._constant(f"{old.name}.scale", weight.scale)
         zero_point = self._constant(f"{old.name}.zero_point", np.zeros(weight.scale.shape, element))
-        real = self._emit(
-            "DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, axis=weight.axis
-        )
+        along = {"axis": 1 - weight.axis, "block_size": weight.block} if weight.block else {"axis": weight.axis}
+        real = self._emit("DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, **along)
         real.shape = ir.Shape(weight.codes.shape)
         node.replace_input_with(1, real)
 
@@ -192,8 +198,48 @@ class _Writer:
             low = self._limit(-self.offset)
             high = self._limit(grid.qmax - self.offset)
             codes = self._emit("Clip", [codes, low, high], f"{name}.clipped", dtype)
+        pads = [use for use in readers if self._pads_codes(use, grid)]
+        for use in pads:
+            self.padded[str(use.node.outputs[0].name)] = codes, scale, zero_point
+        readers = [use for use in readers if use not in pads]
+        if not readers:
+            return
         real = self._emit("DequantizeLinear", [codes, scale, zero_point], f"{name}.real", ir.DataType.FLOAT)
         real.shape = value.shape
+        for use in readers:
+            use.node.replace_input_with(use.idx, real)
+
+    def _pads_codes(self, use: Any, grid: ActivationGrid) -> bool:
+        """Whether the reader is a Pad with zeros whose output is on the same grid, and nothing but an activation."""
+        output = use.node.outputs[0]
+        return (
+            self.profile.pads_codes
+            and use.node.op_type == "Pad"
+            and use.idx == 0
+            and pads_with_zero(use.node)
+            and self.grids.get(str(output.name)) == grid
+            and not output.is_graph_output()
+        )
+
+    def _write_padded(self, output: ir.Value) -> None:
+        """Pad the codes with the zero point: ONNX Runtime takes no pair away from around a Pad, as it does from around
+        other operators that move values.
+        """
+        name = str(output.name)
+        codes, scale, zero_point = self.padded[name]
+        pad = output.producer()
+        assert pad is not None
+        readers = list(output.uses())
+        old = pad.inputs[2] if len(pad.inputs) > 2 else None
+        pad.resize_inputs(max(len(pad.inputs), 3))
+        pad.replace_input_with(0, codes)
+        pad.replace_input_with(2, zero_point)
+        if old is not None and not old.uses() and old.name in self.graph.initializers:
+            del self.graph.initializers[str(old.name)]
+        output.name = const.fresh_name(self.graph, f"{name}.codes")
+        output.type = codes.type
+        real = self._emit("DequantizeLinear", [output, scale, zero_point], name, ir.DataType.FLOAT)
+        real.shape = output.shape
         for use in readers:
             use.node.replace_input_with(use.idx, real)
 

@@ -36,6 +36,8 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
     held: dict[str, QuantizedWeight] = {}
     activations: dict[str, ActivationGrid] = {}
     for node in list(graph):
+        _pad_reals(graph, node)
+    for node in list(graph):
         if node.op_type != "DequantizeLinear":
             continue
         codes = _constant_codes(node)
@@ -90,12 +92,12 @@ def _for_layer(weight: QuantizedWeight, layer: Layer, recorded: dict[str, int]) 
     """The weight with the width that the file records, its scales along the layer's output channels."""
     name, axis, scale = printable(layer.name), weight.axis, weight.scale
     if axis != layer.channel_axis:
-        if (scale != scale[0]).any():
+        if weight.block or (scale != scale[0]).any():
             raise UnsupportedModelError(f"{name}: its scales do not run along its output channels")
         axis = layer.channel_axis
         scale = np.full(weight.codes.shape[axis], scale[0], np.float32)
     bits = recorded.get(layer.name, weight.bits)
-    solved = QuantizedWeight(weight.codes, scale, axis, bits)
+    solved = QuantizedWeight(weight.codes, scale, axis, bits, weight.block)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # Narrow codes may travel in a wider type, where a target has no int4; never the other way round.
     if solved.container_bits > weight.bits or weight.codes.min() < low or weight.codes.max() > high:
@@ -142,17 +144,32 @@ def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
     zero_point = _zero_point_of(node)
     if zero_point is not None and zero_point.astype(np.int64).any():
         raise UnsupportedModelError(f"{name}: its weight is asymmetric (zero point is not 0)")
-    if node.attributes.get_int("block_size", 0):
-        raise UnsupportedModelError(f"{name}: its weight is quantized in blocks")
     scale = _scale_of(node)
     axis = node.attributes.get_int("axis", 1)
     if axis < 0:
         axis += codes.ndim
+    block = node.attributes.get_int("block_size", 0)
+    if block:
+        return _blocked(codes, scale, axis, block, name)
     if scale.size == 1 and 0 <= axis < codes.ndim:
         scale = np.full(codes.shape[axis], scale.reshape(-1)[0], np.float32)
     if scale.ndim != 1 or not 0 <= axis < codes.ndim or codes.shape[axis] != len(scale):
         raise UnsupportedModelError(f"{name}: {scale.size} scales do not fit a weight of shape {codes.shape}")
     return QuantizedWeight(codes.astype(np.int8), scale, axis, 4 if codes.dtype == ml_dtypes.int4 else 8)
+
+
+def _blocked(
+    codes: NDArray[np.generic], scale: NDArray[np.float32], axis: int, block: int, name: str
+) -> QuantizedWeight:
+    """A matrix whose runs of `block` codes along `axis`, its inputs, have a scale each."""
+    if codes.ndim != 2 or not 0 <= axis < 2 or block < 0 or codes.shape[axis] % block:
+        raise UnsupportedModelError(f"{name}: blocks of {block} do not divide a weight of shape {codes.shape}")
+    wanted = list(codes.shape)
+    wanted[axis] //= block
+    if scale.shape != tuple(wanted):
+        raise UnsupportedModelError(f"{name}: scales of shape {scale.shape} do not fit blocks of {block}")
+    bits = 4 if codes.dtype == ml_dtypes.int4 else 8
+    return QuantizedWeight(codes.astype(np.int8), scale, 1 - axis, bits, block)
 
 
 def _dequantize_bias(node: ir.Node, codes: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -201,6 +218,46 @@ def _activation(node: ir.Node) -> tuple[str, ActivationGrid]:
     source = producer.inputs[0]
     assert source is not None
     return str(source.name), ActivationGrid(scale, zero_point - lowest, bits)
+
+
+def _pad_reals(graph: ir.Graph, pad: ir.Node) -> None:
+    """Write a Pad of codes, QuantizeLinear → [Clip] → Pad → DequantizeLinear, as one of reals between two pairs."""
+    codes = pad.inputs[0] if pad.op_type == "Pad" else None
+    producer = codes.producer() if codes is not None else None
+    clip = producer if producer is not None and producer.op_type == "Clip" else None
+    if clip is not None:
+        producer = clip.inputs[0].producer() if clip.inputs[0] is not None else None
+    if producer is None or producer.op_type != "QuantizeLinear":
+        return
+    name = printable(str(pad.name))
+    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    constant = None if value is None else const.array_or_none(value)
+    # Left out, it is the code 0.
+    level = None if value is not None and constant is None else _level(constant)
+    constant_mode = pad.attributes.get_string("mode", "constant") == "constant"
+    if not constant_mode or level != _level(_zero_point_of(producer)):
+        raise UnsupportedModelError(f"{name}: pads codes with something else than their zero point")
+    readers = list(pad.outputs[0].uses())
+    if pad.outputs[0].is_graph_output() or [use.node.op_type for use in readers] != ["DequantizeLinear"]:
+        raise UnsupportedModelError(f"{name}: codes that are padded and not dequantized then")
+    dequantize = readers[0].node
+    before = ir.node("DequantizeLinear", [codes, *producer.inputs[1:]])
+    after = ir.node("QuantizeLinear", [pad.outputs[0], *producer.inputs[1:]])
+    graph.insert_after(clip or producer, before)
+    graph.insert_after(pad, after)
+    pad.replace_input_with(0, before.outputs[0])
+    if value is not None:
+        pad.replace_input_with(2, None)
+        pad.resize_inputs(2 if len(pad.inputs) == 3 else len(pad.inputs))
+    written = after.outputs[0]
+    if clip is not None:
+        again = ir.node("Clip", [written, *clip.inputs[1:]])
+        graph.insert_after(after, again)
+        written = again.outputs[0]
+    dequantize.replace_input_with(0, written)
+    real, output = dequantize.outputs[0], pad.outputs[0]
+    output.name, real.name = real.name, None
+    output.type, output.shape = real.type, real.shape
 
 
 def _clipped_bits(clip: ir.Node, lowest: int, name: str) -> int:

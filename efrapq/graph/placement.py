@@ -3,6 +3,9 @@
 ONNX Runtime runs an operator on integers when every data input comes from a DequantizeLinear and its output goes to
 a QuantizeLinear. A Relu or Clip between a layer and its QuantizeLinear disappears when the grid starts at 0, so the
 pair goes behind it. Operators that only move or select values keep their input's grid.
+
+What stays float, because ONNX Runtime's CPU provider has no integer kernel: BatchNormalization that no layer before
+it takes up, LayerNormalization, Gelu, HardSigmoid, and whatever has a constant among its inputs.
 """
 
 from __future__ import annotations
@@ -14,13 +17,29 @@ import onnx_ir as ir
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer
 
-__all__ = ["Placement", "activation_after", "place"]
+__all__ = ["Placement", "activation_after", "pads_with_zero", "place"]
 
 # Operators with an integer kernel that computes, so that the output has a grid of its own.
 COMPUTING_OPS = frozenset({"Add", "AveragePool", "GlobalAveragePool", "Concat"})
+# Of those the ones that are worth it only between integers: a gate, its product, an activation function. Beside a
+# float operator they would add a rounding and save nothing.
+POINTWISE_OPS = frozenset({"Mul", "Sigmoid", "LeakyRelu"})
 # Operators that move or select values: the output lives on the input's grid.
 MOVING_OPS = frozenset(
-    {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Identity", "DepthToSpace"}
+    {
+        "DepthToSpace",
+        "Flatten",
+        "Identity",
+        "MaxPool",
+        "Pad",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 
 
@@ -61,7 +80,7 @@ def activation_after(value: ir.Value) -> ir.Node | None:
 def place(graph: ir.Graph, layers: list[Layer], act_bits: int, edge_bits: int = 8) -> Placement:
     """Decide which values are quantized. act_bits: 4 or 8; 32 leaves all activations float.
 
-    Inputs of the first and the last layer get `edge_bits` where that is more.
+    Inputs of the first and the last layer get `edge_bits` where that is more, gates that no layer reads 8.
     """
     if act_bits >= 32:
         return Placement()
@@ -81,29 +100,55 @@ def place(graph: ir.Graph, layers: list[Layer], act_bits: int, edge_bits: int = 
     while changed:
         before = len(quantized)
         for node in graph:
-            if node.op_type not in COMPUTING_OPS | MOVING_OPS or node.outputs[0].is_graph_output():
+            if node.op_type not in COMPUTING_OPS | MOVING_OPS:
                 continue
-            inputs = _data_inputs(node)
-            if inputs is None:
+            inputs, outputs = _data_inputs(node), _placed_outputs(node)
+            if inputs is None or outputs is None:
                 continue
-            after = activation_after(node.outputs[0]) if node.op_type in COMPUTING_OPS else None
-            output = str((after or node).outputs[0].name)
-            if after is not None and after.outputs[0].is_graph_output():
-                continue
-            if output in quantized or any(name in quantized for name in inputs):
-                quantized.update(inputs)
-                quantized.add(output)
+            if any(name in quantized for name in inputs + outputs):
+                quantized.update(inputs + outputs)
+        quantized.update(_between_integers(graph, quantized))
         changed = len(quantized) != before
     return _resolve(graph, layers, quantized, act_bits, edge_bits)
 
 
+def _between_integers(graph: ir.Graph, quantized: set[str]) -> set[str]:
+    """The values around pointwise operators that can be computed from integers and are read as integers."""
+    supplied = set(quantized)
+    possible: list[tuple[list[str], list[str]]] = []
+    for node in graph:
+        if node.op_type not in POINTWISE_OPS | MOVING_OPS:
+            continue
+        inputs, outputs = _data_inputs(node), _placed_outputs(node)
+        if inputs is not None and outputs is not None and supplied.issuperset(inputs):
+            supplied.update(outputs)
+            possible.append((inputs, outputs))
+    wanted = set(quantized)
+    # Readers come first: an operator is wanted as soon as one of its readers is.
+    for inputs, outputs in reversed(possible):
+        if not wanted.isdisjoint(outputs):
+            wanted.update(inputs + outputs)
+    return wanted
+
+
+def _placed_outputs(node: ir.Node) -> list[str] | None:
+    """The values that pairs behind the node stand at; None if one of them is the graph's output."""
+    after = None if node.op_type in MOVING_OPS else activation_after(node.outputs[0])
+    values = [*(node.outputs if node.op_type == "Split" else node.outputs[:1]), *(after.outputs if after else ())]
+    if any(value.is_graph_output() for value in values):
+        return None
+    return [str(value.name) for value in (after.outputs if after else values)]
+
+
 def _data_inputs(node: ir.Node) -> list[str] | None:
     """The names of the operator's float inputs; None if one is a constant or the operator cannot be integer."""
-    if node.op_type == "Pad" and not _pads_with_zero(node):
+    if node.op_type == "Pad" and not pads_with_zero(node):
+        return None
+    if node.op_type == "Resize" and not _repeats(node):
         return None
     if node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses():
         return None
-    values = node.inputs if node.op_type in ("Add", "Concat") else node.inputs[:1]
+    values = node.inputs if node.op_type in ("Add", "Concat", "Mul") else node.inputs[:1]
     names = []
     for value in values:
         if value is None or const.array_or_none(value) is not None or value.dtype not in (None, ir.DataType.FLOAT):
@@ -112,7 +157,8 @@ def _data_inputs(node: ir.Node) -> list[str] | None:
     return names
 
 
-def _pads_with_zero(node: ir.Node) -> bool:
+def pads_with_zero(node: ir.Node) -> bool:
+    """Whether a Pad adds the one value that every grid holds."""
     if node.attributes.get_string("mode", "constant") != "constant":
         return False
     value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -122,10 +168,18 @@ def _pads_with_zero(node: ir.Node) -> bool:
     return constant is not None and not constant.any()
 
 
+def _repeats(resize: ir.Node) -> bool:
+    """Whether a Resize repeats pixels. Cropping puts a value of its own outside of what it crops."""
+    cropping = resize.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    return resize.attributes.get_string("mode", "nearest") == "nearest" and not cropping
+
+
 def _keeps_grid(node: ir.Node) -> bool:
     """Whether every output value is one of the input's values, or the zero that each grid holds."""
     if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
-        return _pads_with_zero(node)
+        return pads_with_zero(node)
+    if node.op_type == "Resize":
+        return _repeats(node)
     return node.op_type in MOVING_OPS
 
 
@@ -138,11 +192,22 @@ def _resolve(graph: ir.Graph, layers: list[Layer], quantized: set[str], act_bits
             if name not in quantized:
                 continue
             source = node.inputs[0] if node.inputs else None
-            if position == 0 and _keeps_grid(node) and source is not None and source.name in quantized:
+            if (
+                (position == 0 or node.op_type == "Split")
+                and _keeps_grid(node)
+                and source is not None
+                and source.name in quantized
+            ):
                 same[name] = str(source.name)
             else:
                 order.append(name)
     placement = Placement(dict.fromkeys(order, act_bits), same)
+    read_by_layers = {placement.source(layer.input) for layer in layers}
+    for node in graph:
+        gate = str(node.outputs[0].name)
+        if node.op_type == "Sigmoid" and gate in placement.grids and gate not in read_by_layers:
+            # Narrow codes save something where a layer reads them; a gate only scales what has a grid of its own.
+            placement.grids[gate] = max(act_bits, 8)
     if layers:
         for layer in (layers[0], layers[-1]):
             if layer.input in placement:

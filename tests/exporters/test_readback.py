@@ -93,12 +93,20 @@ def ramp(dtype: Any) -> NDArray[Any]:
 
 
 CODES4 = (ramp(np.int8) - 7).astype(ml_dtypes.int4)
+BY_INPUT = np.linspace(0.05, 0.2, 12, dtype=F32).reshape(2, 6)
+BY_OUTPUT = np.linspace(0.05, 0.2, 12, dtype=F32).reshape(4, 3)
+
 READABLE = {
     "plain": {},
     "a written zero point": {"zero_point": np.zeros(6, np.int8)},
     "one scale for all": {"scale": np.array(0.1, F32)},
     "a negative axis": {"weight_attributes": {"axis": -1}},
     "equal scales along the inputs": {"weight_attributes": {"axis": 0}, "scale": np.full(4, 0.1, F32)},
+    "blocks along the inputs": {
+        "scale": BY_INPUT,
+        "zero_point": np.zeros((2, 6), np.int8),
+        "weight_attributes": {"axis": 0, "block_size": 2},
+    },
     "int4": {"codes": CODES4},
     "int4 through a cast": {"codes": CODES4, "cast": True},
     "the whole of int8": {"codes": np.full((4, 6), -128, np.int8)},
@@ -142,7 +150,22 @@ REFUSED = {
     "32-bit weights": ({"codes": ramp(np.int32) * 1000}, "int32"),
     "8-bit floats": ({"codes": ramp(ml_dtypes.float8_e4m3fn)}, "float8"),
     "a cast of something wider": ({"codes": ramp(np.int32), "cast": True}, "int32"),
-    "blocks": ({"scale": np.full((2, 6), 0.1, F32), "weight_attributes": {"axis": 0, "block_size": 2}}, "blocks"),
+    "blocks along the outputs": (
+        {
+            "scale": BY_OUTPUT,
+            "zero_point": np.zeros((4, 3), np.int8),
+            "weight_attributes": {"axis": 1, "block_size": 2},
+        },
+        "output channels",
+    ),
+    "blocks that do not divide": (
+        {"scale": BY_INPUT, "weight_attributes": {"axis": 0, "block_size": 3}},
+        "blocks of 3 do not divide",
+    ),
+    "blocks with too few scales": (
+        {"scale": BY_INPUT[:1], "weight_attributes": {"axis": 0, "block_size": 2}},
+        "do not fit blocks of 2",
+    ),
     "scales that do not fit": ({"scale": np.full(4, 0.1, F32)}, "do not fit"),
     "an axis that does not exist": ({"weight_attributes": {"axis": 5}}, "fit"),
     "scales along the inputs": (

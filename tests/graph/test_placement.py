@@ -234,3 +234,131 @@ def test_transposed_convolutions_read_what_they_are_given(varied_net: Callable[.
     placement = placed(varied_net())
     assert list(placement.grids) == ["input", "a1", "a2", "a3", "a4", "a5", "gap"]
     assert placement.same == {"flat": "gap"}
+
+
+# Pointwise operators: integers only between integers.
+
+
+def squeeze_excite(net: Any, gate: str = "Sigmoid") -> onnx.ModelProto:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    s = n.op("Relu", n.conv(n.op("GlobalAveragePool", a, "gap"), "s1", 4, 2, 1), "s2")
+    g = n.op(gate, n.conv(s, "s3", 2, 4, 1), "gate")
+    model: onnx.ModelProto = n.model(n.conv(n.op("Mul", [a, g], "scaled"), "out", 4, 2))
+    return model
+
+
+def test_squeeze_excite(net: Any) -> None:
+    placement = placed(squeeze_excite(net))
+    assert list(placement.grids) == ["input", "a1", "gap", "s2", "s3", "gate", "scaled"]
+    assert not placement.same
+
+
+def test_a_gate_without_an_integer_kernel_keeps_its_product_float(net: Any) -> None:
+    assert list(placed(squeeze_excite(net, "HardSigmoid")).grids) == ["input", "a1", "gap", "s2", "s3", "scaled"]
+
+
+def test_a_gate_keeps_eight_bits(net: Any) -> None:
+    grids = placed(squeeze_excite(net), act_bits=4).grids
+    assert grids == {"input": 8, "a1": 4, "gap": 4, "s2": 4, "s3": 4, "gate": 8, "scaled": 8}  # the last layer's input
+    assert placed(squeeze_excite(net), act_bits=4, edge_bits=4).grids["gate"] == 8
+
+
+def test_a_gate_that_a_layer_reads_has_the_bits_of_its_inputs(net: Any) -> None:
+    n = net()
+    g = n.op("Sigmoid", n.conv("input", "c1", 3, 4), "gate")
+    y = n.op("Mul", [n.conv(n.op("Transpose", g, "turned", perm=[0, 1, 3, 2]), "c2", 4, 4), g], "scaled")
+    placement = placed(n.model(n.conv(y, "out", 4, 2)), act_bits=4)
+    assert placement.grids == {"input": 8, "c1": 4, "gate": 4, "c2": 4, "scaled": 8}
+    assert placement.same == {"turned": "gate"}
+
+
+def test_a_reshaped_gate(net: Any) -> None:
+    """As networks write it whose gate comes from linear layers."""
+    n = net()
+    a = n.conv("input", "c1", 3, 4)
+    f = n.op("Flatten", n.op("GlobalAveragePool", a, "gap"), "flat")
+    g = n.op("Sigmoid", n.gemm(f, "s1", 4, 4), "gate")
+    g = n.op("Unsqueeze", [g, n.constant("axes", np.array([2, 3]))], "wide")
+    placement = placed(n.model(n.conv(n.op("Relu", n.op("Mul", [a, g], "product"), "a2"), "out", 4, 2)))
+    assert list(placement.grids) == ["input", "c1", "gap", "s1", "gate", "a2"]
+    assert placement.same == {"flat": "gap", "wide": "gate"}
+
+
+def test_silu(net: Any) -> None:
+    n = net()
+    a = n.conv("input", "c1", 3, 4)
+    b = n.op("Mul", [a, n.op("Sigmoid", a, "gate")], "silu")
+    assert list(placed(n.model(n.conv(b, "out", 4, 2))).grids) == ["input", "c1", "gate", "silu"]
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "LeakyRelu"])
+def test_what_only_floats_read_stays_float(net: Any, op: str) -> None:
+    n = net()
+    a = n.op(op, n.conv("input", "c1", 3, 4), "act")
+    b = n.op("Mul", [a, n.constant("k", np.array(2, F32))], "doubled")
+    assert list(placed(n.model(n.op("Tanh", b, "out"))).grids) == ["input", "c1"]
+
+
+def test_a_product_with_a_float_stays_float(net: Any) -> None:
+    """It would need a QuantizeLinear more than its float form, and its Sigmoid would be rounded for nothing."""
+    n = net()
+    a = n.conv("input", "c1", 3, 4)
+    y = n.op("Mul", [n.op("Mul", [a, n.op("Sigmoid", a, "gate")], "silu"), n.op("Tanh", a, "t")], "product")
+    assert list(placed(n.model(n.conv(y, "out", 4, 2))).grids) == ["input", "c1", "product"]
+
+
+def test_a_product_with_a_constant_stays_float(net: Any) -> None:
+    n = net()
+    y = n.op("Mul", [n.conv("input", "c1", 3, 4), n.constant("k", np.ones((1, 4, 1, 1), F32))], "scaled")
+    assert list(placed(n.model(n.conv(y, "out", 4, 2))).grids) == ["input", "c1", "scaled"]
+
+
+def test_a_product_at_the_output_stays_float(net: Any) -> None:
+    n = net()
+    a = n.conv("input", "c1", 3, 4)
+    assert list(placed(n.model(n.op("Mul", [a, n.op("Sigmoid", a, "gate")], "out"))).grids) == ["input", "c1"]
+
+
+# Resize and Split.
+
+
+@pytest.mark.parametrize(
+    ("attributes", "moves"),
+    [
+        ({"mode": "nearest"}, True),
+        ({}, True),
+        ({"mode": "linear"}, False),
+        ({"mode": "nearest", "coordinate_transformation_mode": "tf_crop_and_resize"}, False),
+    ],
+    ids=["nearest", "default", "linear", "crops"],
+)
+def test_only_a_resize_that_repeats_pixels_shares_its_input_s_grid(net: Any, attributes: Any, moves: bool) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    roi = n.constant("roi", np.array([0, 0, 0, 0, 1, 1, 1, 1], F32))
+    b = n.op("Resize", [a, roi, n.constant("scales", np.array([1, 1, 2, 2], F32))], "wide", **attributes)
+    placement = placed(n.model(n.conv(b, "out", 4, 2)))
+    assert placement.same == ({"wide": "a1"} if moves else {})
+    assert list(placement.grids) == (["input", "a1"] if moves else ["input", "a1", "wide"])
+
+
+def split(net: Any, output: str) -> onnx.ModelProto:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    sizes = n.constant("sizes", np.array([1, 3]))
+    n.nodes.append(onnx.helper.make_node("Split", [a, sizes], ["left", "right"], name="split", axis=1))
+    c = n.conv("right", "c2", 3, 3)
+    return n.model(n.conv(n.op("Concat", [c, "left"], "cat", axis=1), "out", 4, 2) if output == "out" else "left")
+
+
+def test_all_parts_of_a_split_share_its_input_s_grid(net: Any) -> None:
+    placement = placed(split(net, "out"))
+    assert placement.same == {"left": "a1", "right": "a1"}
+    assert list(placement.grids) == ["input", "a1", "c2", "cat"]
+
+
+def test_a_part_of_a_split_that_is_the_output_stays_float(net: Any) -> None:
+    placement = placed(split(net, "left"))
+    assert placement.same == {"right": "a1"}
+    assert list(placement.grids) == ["input", "a1", "c2"]
