@@ -8,6 +8,7 @@ import click
 from rich.markup import escape
 
 from efrapq.cli.console import out, size, table
+from efrapq.cli.costs import conversions_words, macs_words, memory_words, unfused_lines
 from efrapq.cli.options import HELP, json_option, model_options
 from efrapq.io.text import printable
 
@@ -56,14 +57,14 @@ def command(
             markup=False,
         )
     if found["kernels"] is not None:
+        kernels = found["kernels"]
         console.print(
-            f"kernels in ONNX Runtime: {found['kernels']['integer']} integer, {found['kernels']['float']} float",
+            f"kernels in ONNX Runtime: {kernels['integer']} integer, {kernels['float']} float{macs_words(kernels)}",
             markup=False,
         )
-        for unfused in found["kernels"]["unfused"]:
-            console.print(
-                f"  {printable(unfused['op'])} {printable(unfused['node'])}: {printable(unfused['reason'])}",
-                markup=False,
-            )
+        for line in unfused_lines(kernels) if found["kind"] == "quantized" else []:
+            console.print(f"  {line}", markup=False)
+        console.print(f"conversions left: {conversions_words(kernels)}", markup=False)
+    console.print(f"memory: {memory_words(found)}", markup=False)
     for note in found["notes"]:
         console.print(f"note: {printable(note, 1000)}", markup=False)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from efrapq.cli.console import TerminalReporter, out, percent, size, table
+from efrapq.cli.costs import conversions_words, macs_words, memory_words, unfused_lines
 from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 
@@ -89,10 +90,23 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     codes, kernels = document["codes"], document["kernels"]
     flipped = "" if codes["flipped"] is None else f"; {codes['flipped']:.1f} % differ from nearest"
     console.print(f"codes      {codes['layers']} layers read back, {_codes_in_words(codes)}{flipped}", markup=False)
-    console.print(f"kernels    {kernels['integer']} integer, {kernels['float']} float", markup=False)
-    for unfused in kernels["unfused"]:
+    console.print(
+        f"kernels    {kernels['integer']} integer, {kernels['float']} float{macs_words(kernels)}", markup=False
+    )
+    for line in unfused_lines(kernels):
+        console.print(f"           {line}", markup=False)
+    console.print(f"           {conversions_words(kernels)} left", markup=False)
+    if latency["float"] and latency["defended"]:
+        console.print(f"speed      {latency['float'] / latency['defended']:.2f}× that of float", markup=False)
+    if document["slower"]:
+        console.print(f"           {document['slower']}", markup=False)
+    console.print(f"memory     {memory_words(document)}", markup=False)
+    if document["saturation"]:
+        worst = document["saturation"][0]
         console.print(
-            f"           {printable(unfused['op'])} {printable(unfused['node'])}: {printable(unfused['reason'])}",
+            f"saturation {len(document['saturation'])} layers can saturate on x86 CPUs without VNNI, worst "
+            f"{printable(worst['layer'])}: a pair of products reaches {worst['worst']:,}, past 32,767; "
+            "--bits 7 --edge-bits 7 cannot",
             markup=False,
         )
     if document["agreement"] is not None:

@@ -16,6 +16,7 @@ from efrapq.loading import load
 __all__ = ["INSPECT_SCHEMA", "inspect"]
 
 INSPECT_SCHEMA = "efrapq.inspect/1"
+MAX_PROTOBUF_BYTES = (1 << 31) - 1
 
 
 def inspect(
@@ -26,6 +27,8 @@ def inspect(
     trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Describe a file: schema efrapq.inspect/1. Raises InputError if it cannot be read."""
+    from efrapq.verification.cost import weight_bytes
+
     source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
     quantized = is_quantized(source.proto)
     found: dict[str, Any] = {
@@ -39,12 +42,15 @@ def inspect(
         "opset": next((o.version for o in source.proto.opset_import if o.domain in ("", "ai.onnx")), None),
         "metadata": {p.key: p.value for p in source.proto.metadata_props},
         "kernels": None,
+        "weight_bytes": weight_bytes(source.proto),
+        "activation_peak_bytes": None,
         "notes": list(source.notes),
     }
     if quantized:
         found.update(_quantized(source.proto, found["notes"]))
     else:
         found.update(_float(source.proto))
+    found.update(_kernels(source.proto, found["notes"], input_shape))
     found["parameters"] = sum(int(np.prod(layer["shape"])) for layer in found["layers"])
     return found
 
@@ -55,8 +61,6 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
     """
     from efrapq.exporters import read_quantized
     from efrapq.exporters.saturation import advice, saturating_layers
-    from efrapq.verification.kernels import report_kernels
-    from efrapq.verification.session import open_session
 
     found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None, "saturation": None}
     try:
@@ -79,11 +83,34 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
         found["saturation"] = [asdict(s) for s in saturating]
         if saturating:
             notes.append(advice(saturating, len(model.layers)))
-    try:
-        found["kernels"] = asdict(report_kernels(open_session(proto.SerializeToString()).optimized))
-    except UnsupportedModelError as exc:
-        notes.append(f"kernels are not known: {exc}")
     return found
+
+
+def _kernels(proto: Any, notes: list[str], input_shape: tuple[int, int, int] | None) -> dict[str, Any]:
+    """What ONNX Runtime makes of the file; a note where it does not load it."""
+    from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
+    from efrapq.verification.advice import loading_advice
+    from efrapq.verification.cost import activation_peak
+    from efrapq.verification.kernels import report_kernels
+    from efrapq.verification.session import open_session
+    from efrapq.verification.shapes import graph_shapes
+
+    if proto.ByteSize() >= MAX_PROTOBUF_BYTES:
+        notes.append("kernels are not known: the model is too large to hand to ONNX Runtime in one piece (2 GiB)")
+        return {}
+    try:
+        optimized = open_session(proto.SerializeToString()).optimized
+    except UnsupportedModelError as exc:
+        notes.append(f"kernels are not known: {exc}. {loading_advice(proto, str(exc))}")
+        return {}
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    first = next((v.name for v in proto.graph.input), "")
+    sizes = {first: [1, *(input_shape or recorded_sizes(metadata))]} | recorded_inputs(metadata)
+    shapes = graph_shapes(proto, optimized, sizes)
+    return {
+        "kernels": asdict(report_kernels(optimized, shapes)),
+        "activation_peak_bytes": activation_peak(optimized, shapes),
+    }
 
 
 def _float(proto: Any) -> dict[str, Any]:

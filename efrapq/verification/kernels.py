@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from efrapq.io.text import printable
+from efrapq.verification.cost import multiply_accumulates
+from efrapq.verification.shapes import Shapes, attributes
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["KernelReport", "Unfused", "report_kernels"]
+__all__ = ["HeavyOp", "KernelReport", "Unfused", "report_kernels"]
 
 INTEGER_OPS = frozenset(
     {
@@ -29,40 +31,80 @@ FLOAT_OPS = frozenset(
 
 
 @dataclass(frozen=True)
+class HeavyOp:
+    """macs: multiply-accumulates for one sample. share: of those of all heavy operators, 0 to 1. None if unknown."""
+
+    node: str
+    op: str
+    integer: bool
+    macs: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class Unfused:
-    """A heavy operator that runs in float, and the rule that it broke."""
+    """A heavy operator that runs in float, and the rule that it broke. macs, share: as in HeavyOp."""
 
     node: str
     op: str
     reason: str
+    macs: int | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Counts over Conv, ConvTranspose, Gemm and MatMul in the optimized graph."""
+    """Counts over Conv, ConvTranspose, Gemm and MatMul in the optimized graph.
+
+    conversions: QuantizeLinear and DequantizeLinear nodes left there, and how many of the latter expand a constant at
+    every inference. macs: of all heavy operators, None if one is unknown.
+    """
 
     integer: int
     float: int
     unfused: list[Unfused] = field(default_factory=list)
+    ops: list[HeavyOp] = field(default_factory=list)
+    conversions: dict[str, int] = field(default_factory=dict)
+    macs: int | None = None
 
 
-def report_kernels(optimized: onnx.ModelProto) -> KernelReport:
-    """Count heavy kernels in a graph as ONNX Runtime optimized it."""
+def report_kernels(optimized: onnx.ModelProto, shapes: Shapes | None = None) -> KernelReport:
+    """Count heavy kernels in a graph as ONNX Runtime optimized it. shapes: of its values; without, no cost is known."""
     graph = optimized.graph
     producers = {output: node for node in graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    int4 = {t.name for t in graph.initializer if t.data_type in (21, 22)}
+    constants = {t.name: t for t in graph.initializer}
+    int4 = {name for name, t in constants.items() if t.data_type in (21, 22)}
     zero_points = _zero_points(graph)
-    integer = sum(node.op_type in INTEGER_OPS for node in graph.node)
-    unfused = [
-        Unfused(node.name or node.output[0], node.op_type, _reason(node, producers, readers, int4, zero_points))
-        for node in graph.node
-        if node.op_type in FLOAT_OPS
+    heavy = [node for node in graph.node if node.op_type in INTEGER_OPS | FLOAT_OPS]
+    costs = [multiply_accumulates(node, shapes) if shapes is not None else None for node in heavy]
+    known = [cost for cost in costs if cost is not None]
+    total = sum(known) if len(known) == len(costs) else None
+    ops = [
+        HeavyOp(
+            node.name or node.output[0],
+            node.op_type,
+            node.op_type in INTEGER_OPS,
+            cost,
+            round(cost / total, 6) if cost is not None and total else None,
+        )
+        for node, cost in zip(heavy, costs, strict=True)
     ]
-    return KernelReport(integer, len(unfused), unfused)
+    unfused = [
+        Unfused(op.node, op.op, _reason(node, producers, readers, int4, zero_points, constants), op.macs, op.share)
+        for node, op in zip(heavy, ops, strict=True)
+        if not op.integer
+    ]
+    expanded = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    conversions = {
+        "quantize": sum(n.op_type == "QuantizeLinear" for n in graph.node),
+        "dequantize": len(expanded),
+        "constants": sum(n.input[0] in constants for n in expanded),
+    }
+    return KernelReport(len(ops) - len(unfused), len(unfused), unfused, ops, conversions, total)
 
 
 def _zero_points(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
@@ -101,17 +143,31 @@ def _reason(
     readers: dict[str, list[onnx.NodeProto]],
     int4: set[str],
     zero_points: dict[str, tuple[int, int]],
+    constants: dict[str, onnx.TensorProto],
 ) -> str:
     if node.op_type == "MatMulNBits":
         return "weight-only quantization: integer weights, float arithmetic"
     if node.op_type == "ConvTranspose":
         return "ONNX Runtime's CPU provider has no integer ConvTranspose"
     weight = producers.get(node.input[1])
-    if weight is None or weight.op_type != "DequantizeLinear":
+    if weight is not None and weight.op_type != "DequantizeLinear":
+        return f"its second operand comes from a float {printable(weight.op_type)}, not from a DequantizeLinear"
+    if weight is None:
         return "its weight is float"
+    data = producers.get(node.input[0])
+    constant = weight.input[0] in constants
+    if constant and (data is None or data.op_type != "DequantizeLinear"):
+        source = "the graph's input" if data is None else f"a float {printable(data.op_type)}"
+        advice = "; export with --target ort-x86 or ort-arm" if weight.input[0] in int4 else ""
+        return (
+            f"its input comes from {source}, not from a DequantizeLinear: only its weight is quantized, and it is "
+            f"dequantized to float at every inference{advice}"
+        )
     if weight.input[0] in int4:
         return "its int4 weight is dequantized to float at every inference; export with --target ort-x86 or ort-arm"
-    data = producers.get(node.input[0])
+    scale = constants.get(weight.input[1])
+    if constant and (attributes(weight).get("block_size") or (scale is not None and len(scale.dims) > 1)):
+        return "its weight is quantized in blocks: integer kernels take one scale per tensor or output channel"
     if data is None or data.op_type != "DequantizeLinear":
         source = "the graph's input" if data is None else f"a float {data.op_type}"
         return f"its input comes from {source}, not from a DequantizeLinear"

@@ -21,10 +21,13 @@ from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, ima
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.trigger import Trigger, parse_trigger
+from efrapq.verification.advice import slower_because
 from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
+from efrapq.verification.cost import activation_peak, weight_bytes
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.metrics import Predictions, attack_success_rate, clean_accuracy, predict
 from efrapq.verification.session import Session, interleaved_latency, open_session
+from efrapq.verification.shapes import graph_shapes
 
 if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
@@ -129,6 +132,7 @@ class _Verifier:
         self.name = name
         self.path = path
         self.data = data
+        self.proto = proto
         self.metadata = {p.key: p.value for p in proto.metadata_props}
         self.input_shape = image_input(proto)
         self.requirements = requirements
@@ -253,8 +257,10 @@ class _Verifier:
             if "float" in predictions:
                 same = predictions["defended"].clean == predictions["float"].clean
                 agreement = 100 * float(same.mean())
-        kernels = report_kernels(sessions["defended"].optimized)
         session = sessions["defended"]
+        shapes = graph_shapes(self.proto, session.optimized, self._image_sizes(dataset, preprocess))
+        kernels = report_kernels(session.optimized, shapes)
+        latency = self._latency(sessions, dataset, preprocess)
         sha256 = hashlib.sha256(self.data).hexdigest()
         document: dict[str, Any] = {
             "schema": VERIFY_SCHEMA,
@@ -281,7 +287,11 @@ class _Verifier:
             "agreement": None if agreement is None else round(agreement, 3),
             "codes": self._codes(comparison),
             "kernels": asdict(kernels),
-            "latency_ms": self._latency(sessions, dataset, preprocess),
+            "weight_bytes": weight_bytes(self.proto),
+            "activation_peak_bytes": activation_peak(session.optimized, shapes),
+            "saturation": self._saturation(),
+            "latency_ms": latency,
+            "slower": slower_because(latency, kernels),
         }
         document["failed"] = self._failures(document)
         document["verdict"] = "fail" if document["failed"] else "pass"
@@ -292,6 +302,23 @@ class _Verifier:
             )
         document["notes"] = list(self.notes)
         return Verification(document, tuple(self.notes))
+
+    def _image_sizes(self, dataset: Dataset | None, preprocess: Preprocess) -> dict[str, list[int]]:
+        """Sizes for the dynamic dimensions of the file's input: those of the test images, or else as it records."""
+        from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
+
+        name = next((v.name for v in self.proto.graph.input), "")
+        if dataset is not None:
+            return {name: list(dataset.inputs([0], preprocess).shape)}
+        return {name: [1, *recorded_sizes(self.metadata)]} | recorded_inputs(self.metadata)
+
+    def _saturation(self) -> list[dict[str, Any]] | None:
+        """Layers that can saturate on x86 without VNNI; None if the codes are not read back."""
+        from efrapq.exporters.saturation import saturating_layers
+
+        if self.quantized is None:
+            return None
+        return [asdict(found) for found in saturating_layers(self.quantized)]
 
     def _add_references(self, sessions: dict[str, Session], threads: int) -> CodeComparison | None:
         """Open the float model and the nearest twin beside the defended file."""

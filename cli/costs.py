@@ -1,0 +1,43 @@
+"""What verify and inspect say of kernels and their cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from efrapq.cli.console import size
+from efrapq.io.text import printable
+
+__all__ = ["conversions_words", "macs_words", "memory_words", "unfused_lines"]
+
+
+def macs_words(kernels: dict[str, Any]) -> str:
+    """The multiply-accumulates and the float kernels' share, to stand behind the counts; empty if unknown."""
+    if not kernels["macs"]:
+        return ""
+    floating = sum(row["macs"] for row in kernels["unfused"]) / kernels["macs"]
+    return f"; {kernels['macs']:,} multiply-accumulates a sample, {100 * floating:.1f} % in float"
+
+
+def unfused_lines(kernels: dict[str, Any]) -> list[str]:
+    """One line for each float kernel: what it is, its share, why."""
+    lines = []
+    for row in kernels["unfused"]:
+        share = "" if row["share"] is None else f" ({100 * row['share']:.1f} % of MACs)"
+        lines.append(f"{printable(row['op'])} {printable(row['node'])}{share}: {printable(row['reason'], 400)}")
+    return lines
+
+
+def conversions_words(kernels: dict[str, Any]) -> str:
+    """The Q/DQ nodes that the runtime executes."""
+    found = kernels["conversions"]
+    return (
+        f"{found['quantize']} QuantizeLinear, {found['dequantize']} DequantizeLinear "
+        f"({found['constants']} of constants, at every inference)"
+    )
+
+
+def memory_words(document: dict[str, Any]) -> str:
+    """Bytes of constants by role, and the peak of activations."""
+    held = ", ".join(f"{name} {size(count)}" for name, count in document["weight_bytes"].items() if count)
+    peak = document["activation_peak_bytes"]
+    return f"{held or 'no constants'}; activations at most {'unknown' if peak is None else size(peak)} a sample"
