@@ -170,6 +170,9 @@ def _check_shapes(contents: Contents, name: str, limits: Limits) -> None:
     for graph, _ in contents.graphs:
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.WhichOneof("value") == "tensor_type":
+                for dim in value.type.tensor_type.shape.dim:
+                    if dim.dim_value == -1:  # an unknown size, as PaddlePaddle's exporter writes it
+                        dim.ClearField("dim_value")
                 dims = [d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")]
                 _check_dims(dims, f"value '{printable(value.name)}'", name, limits)
     for sparse, where in contents.sparse:

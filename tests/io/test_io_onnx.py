@@ -171,6 +171,24 @@ def test_models_that_compute_nothing(load: Any) -> None:
             load(bad)
 
 
+@pytest.mark.parametrize("dims", [[-1, 4], [4, -1]])
+def test_minus_one_is_an_unknown_size(dims: list[int], load: Any) -> None:
+    model = model_of(helper.make_node("Identity", ["x"], ["y"]))
+    for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, dims, strict=False):
+        dim.dim_value = size
+    found = load(model).model.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value if dim.HasField("dim_value") else None for dim in found] == [
+        None if size == -1 else size for size in dims[: len(found)]
+    ]
+
+
+def test_no_other_size_is_negative(load: Any) -> None:
+    model = model_of(helper.make_node("Identity", ["x"], ["y"]))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -2
+    with pytest.raises(CorruptFileError, match="negative dimension"):
+        load(model)
+
+
 def test_checker_has_the_last_word(load: Any) -> None:
     with pytest.raises(CorruptFileError, match="not a valid ONNX model"):
         load(model_of(helper.make_node("NoSuchOperator", ["x"], ["y"])))
