@@ -173,7 +173,7 @@ def attempt(path: Path, bits: int, count: int, about: Mapping[str, Any]) -> dict
         started = time.perf_counter()
         made = efrapq.defend(path, calib=samples.calibration, calib_size=count, bits=bits, target=TARGET)
     except EfrapqError as exc:
-        return {"outcome": "refused", "error": type(exc).__name__, "message": str(exc)}
+        return {"outcome": "refused", "error": type(exc).__name__, "message": str(exc).replace(f"{path.parent}/", "")}
     seconds = time.perf_counter() - started
     _, skipped = find_layers(prepare(proto).graph)
     reference, _ = run(path.read_bytes(), samples.test)

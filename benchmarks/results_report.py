@@ -112,37 +112,6 @@ def goals(table: Table) -> str:
     return markdown(header, rows)
 
 
-def seeds(table: Table) -> str:
-    """Means and ranges over the seeds of the ResNet-20 subjects that have several."""
-    rows = []
-    for bits, act_bits in ALLOWED:
-        groups: dict[tuple[str, str], list[Cell]] = {}
-        for base in table.at(bits, act_bits):
-            groups.setdefault((base["attack"], base["arch"]), []).append(base)
-        for (attack, arch), bases in groups.items():
-            if len(bases) < 2 or len({b["seed"] for b in bases}) < 2:
-                continue
-            for method in table.methods:
-                found = [c for c in (table.get(b, method) for b in bases) if c is not None]
-                if len(found) == len(bases):
-                    rows.append(
-                        [
-                            f"{TITLES[attack]}, {arch}",
-                            f"W{bits}A{act_bits}",
-                            method,
-                            str(len(found)),
-                            _spread(c["cda"] for c in found),
-                            _spread(c["asr"] for c in found),
-                        ]
-                    )
-    return markdown(["subject", "bits", "method", "seeds", "CDA, mean (range)", "ASR, mean (range)"], rows)
-
-
-def _spread(values: Any) -> str:
-    found = list(values)
-    return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})"
-
-
 def methods(table: Table) -> str:
     """What each method costs and does over all proved subjects of a setting, means."""
     rows = []
@@ -270,7 +239,6 @@ def write_report(cells: Sequence[Cell]) -> None:
             "W8A8": by_setting(table, 8, 8),
             "W4A8": by_setting(table, 4, 8),
             "W4A4": by_setting(table, 4, 4),
-            "seeds": seeds(table),
             "methods": methods(table),
             "published": published(),
             "trained": trained(),
