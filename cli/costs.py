@@ -1,4 +1,4 @@
-"""What verify and inspect say of kernels and their cost."""
+"""What verify and inspect say of kernels and their cost, and verify of outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from efrapq.cli.console import size
 from efrapq.io.text import printable
 
-__all__ = ["conversions_words", "macs_words", "memory_words", "unfused_lines"]
+__all__ = ["conversions_words", "macs_words", "memory_words", "outputs_words", "unfused_lines"]
 
 
 def macs_words(kernels: dict[str, Any]) -> str:
@@ -41,3 +41,13 @@ def memory_words(document: dict[str, Any]) -> str:
     held = ", ".join(f"{name} {size(count)}" for name, count in document["weight_bytes"].items() if count)
     peak = document["activation_peak_bytes"]
     return f"{held or 'no constants'}; activations at most {'unknown' if peak is None else size(peak)} a sample"
+
+
+def outputs_words(outputs: dict[str, dict[str, float | None]]) -> str:
+    """How far the outputs are from the float model's; nearest stands behind where it was measured."""
+    words = []
+    for label, key, digits in (("relative error", "relative_error", 4), ("cosine", "cosine", 6)):
+        found = {name: "–" if row[key] is None else f"{row[key]:.{digits}f}" for name, row in outputs.items()}
+        behind = "" if found["nearest"] == "–" else f" (nearest {found['nearest']})"
+        words.append(f"{label} {found['defended']}{behind}")
+    return f"{', '.join(words)}, against the float model's"

@@ -173,10 +173,7 @@ def _print(evidence: dict[str, Any]) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
-    if evidence["calibration"]["kind"] == "arrays":
-        return
+    attack = "" if evidence["calibration"]["kind"] == "arrays" else " --trigger patch:HxW@row,col --target-class N"
     console.print(
-        f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz "
-        "--trigger patch:HxW@row,col --target-class N",
-        markup=False,
+        f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
     )

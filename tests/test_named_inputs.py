@@ -271,7 +271,7 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     data, output = tmp_path / "data.npz", tmp_path / "out.onnx"
     np.savez(data, **samples(60), labels=np.arange(60))
     assert command("defend", file, "--calib", data, "-o", output, "--bits", 4, "--target", "ort-x86") == 0
-    assert "efrapq verify" not in capsys.readouterr().out
+    assert f"efrapq verify {output} --data TEST.npz\n" in capsys.readouterr().out
     assert json.loads(output.with_suffix(".json").read_text())["calibration"]["samples"] == 60
 
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}

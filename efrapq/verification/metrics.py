@@ -13,9 +13,32 @@ from efrapq.progress import Task
 from efrapq.trigger import Trigger
 from efrapq.verification.session import Session, shape_words
 
-__all__ = ["Predictions", "attack_success_rate", "clean_accuracy", "predict"]
+__all__ = ["Figures", "Predictions", "attack_success_rate", "class_scores", "clean_accuracy", "no_figures", "predict"]
 
 BATCH = 100
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What test data say. clean, triggered: how many samples. cda, asr: percent by model ("float", "nearest",
+    "defended"); agreement: percent of top-1 answers that are the float model's. outputs: how far the first float
+    output is from the float model's, by model and figure; None for models of images. notes: what could not be
+    measured and why. None where not measured.
+    """
+
+    clean: int
+    triggered: int
+    cda: dict[str, float | None]
+    asr: dict[str, float | None]
+    agreement: float | None
+    outputs: dict[str, dict[str, float | None]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def no_figures() -> Figures:
+    """Without test data nothing is measured."""
+    names = ("float", "nearest", "defended")
+    return Figures(0, 0, dict.fromkeys(names), dict.fromkeys(names), None)
 
 
 @dataclass(frozen=True)
@@ -56,10 +79,19 @@ def predict(
 
 
 def _class_scores(output: NDArray[np.float32], count: int, name: str) -> NDArray[np.float32]:
-    """(N, classes) from a classifier's output; some keep the last pooling's 1×1 behind it."""
-    if output.ndim < 2 or len(output) != count or output.shape[1] < 2 or any(d != 1 for d in output.shape[2:]):
+    scores = class_scores(output, count)
+    if scores is None:
         shape = "×".join(["N" if len(output) == count else str(len(output)), *map(str, output.shape[1:])])
         raise UnsupportedModelError(f"the {name} model is not a classifier: its output is {shape}, not N×classes")
+    return scores
+
+
+def class_scores(output: NDArray[np.float32], count: int) -> NDArray[np.float32] | None:
+    """(N, classes) from a classifier's output; some keep the last pooling's 1×1 behind it. None if it is no such
+    output for `count` samples.
+    """
+    if output.ndim < 2 or len(output) != count or output.shape[1] < 2 or any(d != 1 for d in output.shape[2:]):
+        return None
     return output.reshape(count, -1)
 
 

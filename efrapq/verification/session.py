@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,14 @@ from efrapq.io.text import printable
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Session", "interleaved_latency", "open_session", "shape_words", "try_run"]
+__all__ = ["Session", "feeds_latency", "interleaved_latency", "open_session", "shape_words", "try_run"]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One loaded model with one float input. optimized: the graph as the runtime rewrote it."""
+    """One loaded model. optimized: the graph as the runtime rewrote it. What speaks of *the* input is for models with
+    one float input; `run` is for any.
+    """
 
     raw: Any
     optimized: onnx.ModelProto
@@ -60,6 +64,20 @@ class Session:
             padded = np.concatenate([piece, np.repeat(piece[-1:], fixed - len(piece), 0)])
             parts.append(self._run(padded)[: len(piece)])
         return np.concatenate(parts)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[int] = ()) -> list[Any]:
+        """The outputs at these positions, or else all, for one run; feeds: input name → array. Tensors are arrays.
+
+        Raises UnsupportedModelError if the runtime does not run the model on them.
+        """
+        names = [self.raw.get_outputs()[index].name for index in outputs]
+        try:
+            return list(self.raw.run(names or None, dict(feeds)))
+        except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
+            given = ", ".join(f"'{printable(name)}' {shape_words(array.shape)}" for name, array in feeds.items())
+            raise UnsupportedModelError(
+                f"ONNX Runtime does not run the model on inputs of {given}: {_first_line(exc)}"
+            ) from exc
 
     def images_run(self, count: int) -> int:
         """How many images the model works through when it is given so many: with a fixed batch, whole batches."""
@@ -110,14 +128,34 @@ def interleaved_latency(
 
     A model with a fixed batch works through whole batches whatever it is given: its time is shared among them.
     """
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    runs = {name: partial(session.logits, x) for name, session in sessions.items()}
+    medians = _interleaved(runs, rounds, warmup)
+    return {name: median / sessions[name].images_run(len(x)) for name, median in medians.items()}
+
+
+def feeds_latency(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, NDArray[Any]],
+    samples: int,
+    *,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> dict[str, float]:
+    """The same for inputs by name: median milliseconds for one of the `samples` in the feeds."""
+    runs = {name: partial(session.run, feeds) for name, session in sessions.items()}
+    return {name: median / samples for name, median in _interleaved(runs, rounds, warmup).items()}
+
+
+def _interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, float]:
+    """Median milliseconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(warmup + rounds):
-        for name, session in sessions.items():
+        for name, run in runs.items():
             started = time.perf_counter()
-            session.logits(x)
+            run()
             if i >= warmup:
                 times[name].append(time.perf_counter() - started)
-    return {name: 1000 * float(np.median(t)) / sessions[name].images_run(len(x)) for name, t in times.items()}
+    return {name: 1000 * float(np.median(t)) for name, t in times.items()}
 
 
 def shape_words(shape: tuple[int | None, ...]) -> str:

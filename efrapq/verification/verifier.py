@@ -7,12 +7,12 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from efrapq.calibration.signature import model_inputs, takes_images
 from efrapq.data import Dataset, Preprocess, PreprocessOverride
 from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
 from efrapq.io import is_quantized, load_onnx, printable, read_source
@@ -20,13 +20,14 @@ from efrapq.io.source import read_fd
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA
-from efrapq.trigger import Trigger, parse_trigger
+from efrapq.trigger import parse_trigger
 from efrapq.verification.advice import slower_because
+from efrapq.verification.arrays import ArrayTests, array_tests, refuse_image_options
 from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
 from efrapq.verification.cost import activation_peak, weight_bytes
+from efrapq.verification.images import ImageTests
 from efrapq.verification.kernels import report_kernels
-from efrapq.verification.metrics import Predictions, attack_success_rate, clean_accuracy, predict
-from efrapq.verification.session import Session, interleaved_latency, open_session
+from efrapq.verification.session import Session, open_session
 from efrapq.verification.shapes import graph_shapes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Verification:
 def verify(
     model: str | Path,
     *,
-    data: str | Path | Dataset | None = None,
+    data: str | Path | Dataset | Mapping[str, Any] | None = None,
     trigger: str | None = None,
     target_class: int | None = None,
     float_model: str | Path | None = None,
@@ -90,27 +91,39 @@ def verify(
     """Measure CDA, ASR, agreement, codes, kernels and latency of a quantized ONNX file in ONNX Runtime.
 
     float_model: the model that was defended; found through the evidence beside the file if not given. data: labelled
-    test images; trigger and target_class: for the ASR (see `efrapq.trigger`). input_shape: for a float model that
-    needs one; the file's own by default. preprocess: a Preprocess replaces what the file records, a PreprocessOverride
-    only the parts that it names. Raises EfrapqError for bad inputs.
+    test images; for a model that takes anything else one array per input, by its name, and `labels` where there are
+    classes: its outputs are compared with the float model's. trigger and target_class: for the ASR (see
+    `efrapq.trigger`). input_shape: for a float model that needs one; the file's own by default. preprocess: a
+    Preprocess replaces what the file records, a PreprocessOverride only the parts that it names. Raises EfrapqError
+    for bad inputs.
     """
     reporter = reporter or Silent()
-    if (trigger is None) != (target_class is None):
-        raise UsageError("--trigger and --target-class go together")
-    if trigger is not None and data is None:
-        raise UsageError("--trigger needs --data: labelled test images to put the trigger on")
     requirements = requirements or Requirements()
-    if requirements.max_asr is not None and (data is None or trigger is None):
-        raise UsageError("--max-asr needs --data, --trigger and --target-class")
-    if requirements.max_drop is not None and data is None:
-        raise UsageError(NEEDED_FOR_DROP)
-    parsed = parse_trigger(trigger) if trigger is not None else None
     source = read_source(model)
     proto = load_onnx(source).model
     if not is_quantized(proto):
         raise UnsupportedModelError(f"{source.name}: is a float model; verify takes the file that defend wrote")
+    inputs = model_inputs(proto, source.name)
+    by_name = not takes_images(inputs) or isinstance(data, Mapping)
+    if by_name:
+        options = {"--trigger": trigger, "--target-class": target_class, "--max-asr": requirements.max_asr}
+        refuse_image_options(options | {"--mean, --std or --size": preprocess}, inputs)
+    if (trigger is None) != (target_class is None):
+        raise UsageError("--trigger and --target-class go together")
+    if trigger is not None and data is None:
+        raise UsageError("--trigger needs --data: labelled test images to put the trigger on")
+    if requirements.max_asr is not None and (data is None or trigger is None):
+        raise UsageError("--max-asr needs --data, --trigger and --target-class")
+    if requirements.max_drop is not None and data is None and not by_name:
+        raise UsageError(NEEDED_FOR_DROP)
+    parsed = parse_trigger(trigger) if trigger is not None else None
     checked = _Verifier(source.name, Path(model), source.data, proto, requirements, reporter)
     checked.find_float(float_model, arch, input_shape, trust_pickle)
+    needs_cda = requirements.max_drop is not None
+    if by_name:
+        reference = checked.source.proto if checked.source is not None else None
+        return checked.run(array_tests(data, proto, reference, source.name, needs_cda=needs_cda), threads)
+    assert not isinstance(data, Mapping)
     dataset = None
     effective = Preprocess()
     if data is not None:
@@ -118,9 +131,9 @@ def verify(
         dataset = data if isinstance(data, Dataset) else open_for(data, checked.input_shape, effective)
         if parsed is not None:
             dataset.require_labels()
-    if requirements.max_drop is not None and (dataset is None or dataset.labels is None or checked.source is None):
+    if needs_cda and (dataset is None or dataset.labels is None or checked.source is None):
         raise UsageError(NEEDED_FOR_DROP)
-    return checked.run(dataset, effective, parsed, target_class, threads)
+    return checked.run(ImageTests(dataset, effective, parsed, target_class), threads)
 
 
 class _Verifier:
@@ -227,40 +240,20 @@ class _Verifier:
 
     # The measurements.
 
-    def run(
-        self,
-        dataset: Dataset | None,
-        preprocess: Preprocess,
-        trigger: Trigger | None,
-        target_class: int | None,
-        threads: int,
-    ) -> Verification:
+    def run(self, tests: ImageTests | ArrayTests, threads: int) -> Verification:
         import onnxruntime
 
         sessions = {"defended": open_session(self.data, threads=threads)}
-        sessions["defended"].require_images(self.name)
-        comparison = self._add_references(sessions, threads)
-        cda: dict[str, float | None] = dict.fromkeys(("float", "nearest", "defended"))
-        asr = dict(cda)
-        agreement = None
-        if dataset is not None:
-            predictions = self._predict(sessions, dataset, preprocess, trigger)
-            classes = predictions["defended"].classes
-            if target_class is not None and not 0 <= target_class < classes:
-                raise UsageError(f"--target-class {target_class}: the model has classes 0 to {classes - 1}")
-            if dataset.labels is not None or trigger is not None:
-                labels = dataset.require_labels(classes)
-                for name, found in predictions.items():
-                    cda[name] = clean_accuracy(found, labels)
-                    if target_class is not None:
-                        asr[name] = attack_success_rate(found, labels, target_class)
-            if "float" in predictions:
-                same = predictions["defended"].clean == predictions["float"].clean
-                agreement = 100 * float(same.mean())
+        tests.require(sessions["defended"], self.name)
+        comparison = self._add_references(sessions, tests, threads)
+        found = tests.measure(sessions, self.reporter)
+        for note in found.notes:
+            self._note(note)
         session = sessions["defended"]
-        shapes = graph_shapes(self.proto, session.optimized, self._image_sizes(dataset, preprocess))
+        first = next((v.name for v in self.proto.graph.input), "")
+        shapes = graph_shapes(self.proto, session.optimized, tests.sizes(first, self.metadata))
         kernels = report_kernels(session.optimized, shapes)
-        latency = self._latency(sessions, dataset, preprocess)
+        latency = self._latency(sessions, tests)
         sha256 = hashlib.sha256(self.data).hexdigest()
         document: dict[str, Any] = {
             "schema": VERIFY_SCHEMA,
@@ -277,14 +270,12 @@ class _Verifier:
                 "provider": session.provider,
                 "optimizations": "default (all)",
             },
-            "samples": {
-                "clean": len(dataset) if dataset is not None else 0,
-                "triggered": self._attacked(dataset, target_class),
-            },
-            "trigger": {"spec": trigger.spec, "target_class": target_class} if trigger is not None else None,
-            "cda": _rounded(cda),
-            "asr": _rounded(asr),
-            "agreement": None if agreement is None else round(agreement, 3),
+            "samples": {"clean": found.clean, "triggered": found.triggered},
+            "trigger": tests.attack,
+            "cda": _rounded(found.cda),
+            "asr": _rounded(found.asr),
+            "agreement": None if found.agreement is None else round(found.agreement, 3),
+            **({} if found.outputs is None else {"outputs": found.outputs}),
             "codes": self._codes(comparison),
             "kernels": asdict(kernels),
             "weight_bytes": weight_bytes(self.proto),
@@ -295,22 +286,14 @@ class _Verifier:
         }
         document["failed"] = self._failures(document)
         document["verdict"] = "fail" if document["failed"] else "pass"
-        if (asr["float"] or 0.0) >= AWAKE:
+        asr = found.asr["float"] or 0.0
+        if asr >= AWAKE:
             self._note(
-                f"the float model itself answers the trigger ({asr['float']:.1f} % ASR): that backdoor is awake before "
+                f"the float model itself answers the trigger ({asr:.1f} % ASR): that backdoor is awake before "
                 "any quantization, and no rounding removes it"
             )
         document["notes"] = list(self.notes)
         return Verification(document, tuple(self.notes))
-
-    def _image_sizes(self, dataset: Dataset | None, preprocess: Preprocess) -> dict[str, list[int]]:
-        """Sizes for the dynamic dimensions of the file's input: those of the test images, or else as it records."""
-        from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
-
-        name = next((v.name for v in self.proto.graph.input), "")
-        if dataset is not None:
-            return {name: list(dataset.inputs([0], preprocess).shape)}
-        return {name: [1, *recorded_sizes(self.metadata)]} | recorded_inputs(self.metadata)
 
     def _saturation(self) -> list[dict[str, Any]] | None:
         """Layers that can saturate on x86 without VNNI; None if the codes are not read back."""
@@ -320,7 +303,9 @@ class _Verifier:
             return None
         return [asdict(found) for found in saturating_layers(self.quantized)]
 
-    def _add_references(self, sessions: dict[str, Session], threads: int) -> CodeComparison | None:
+    def _add_references(
+        self, sessions: dict[str, Session], tests: ImageTests | ArrayTests, threads: int
+    ) -> CodeComparison | None:
         """Open the float model and the nearest twin beside the defended file."""
         if self.source is None:
             return None
@@ -328,7 +313,7 @@ class _Verifier:
         from efrapq.graph.prepare import prepare
 
         sessions["float"] = open_session(self.source.proto.SerializeToString(), threads=threads)
-        sessions["float"].require_images(self.source.name)
+        tests.require(sessions["float"], self.source.name)
         if self.quantized is None:
             return None
         reference = prepare(self.source.proto)
@@ -343,20 +328,6 @@ class _Verifier:
         data = export_model(twin, target).SerializeToString()
         sessions["nearest"] = open_session(data, threads=threads)
         return compare_codes(self.quantized, reference)
-
-    def _predict(
-        self, sessions: dict[str, Session], dataset: Dataset, preprocess: Preprocess, trigger: Trigger | None
-    ) -> dict[str, Predictions]:
-        found = {}
-        with self.reporter.task("measuring in ONNX Runtime", len(dataset) * len(sessions)) as task:
-            for name, session in sessions.items():
-                found[name] = predict(session, dataset, preprocess, trigger, task, name)
-        return found
-
-    def _attacked(self, dataset: Dataset | None, target_class: int | None) -> int:
-        if dataset is None or target_class is None or dataset.labels is None:
-            return 0
-        return int((dataset.labels != target_class).sum())
 
     def _matches_evidence(self, sha256: str) -> bool | None:
         """Whether the file is, byte for byte, the one that the evidence beside it describes; None without evidence."""
@@ -391,21 +362,9 @@ class _Verifier:
     def _evidence_codes(self) -> object:
         return self.evidence.get("output", {}).get("codes_sha256")
 
-    def _latency(
-        self, sessions: dict[str, Session], dataset: Dataset | None, preprocess: Preprocess
-    ) -> dict[str, float | None]:
-        """Median milliseconds for one image, float and defended taking turns."""
-        timed: dict[str, Session] = {n: sessions[n] for n in ("float", "defended") if n in sessions}
-        times: dict[str, float] = {}
-        if dataset is not None:
-            times = interleaved_latency(timed, dataset.inputs([0], preprocess))
-        else:
-            shapes = [session.input_shape[1:] for session in timed.values()]
-            image = [next((d for d in dims if d is not None), None) for dims in zip(*shapes, strict=True)]
-            if None in image:
-                self._note("latency is not measured: the model takes images of any size; pass --data to say which")
-            else:
-                times = interleaved_latency(timed, np.zeros((1, *(d or 0 for d in image)), np.float32))
+    def _latency(self, sessions: dict[str, Session], tests: ImageTests | ArrayTests) -> dict[str, float | None]:
+        """Median milliseconds for one sample, float and defended taking turns."""
+        times = tests.latency({n: sessions[n] for n in ("float", "defended") if n in sessions}, self._note)
         return {name: round(times[name], 4) if name in times else None for name in ("float", "defended")}
 
     def _failures(self, document: dict[str, Any]) -> list[str]:

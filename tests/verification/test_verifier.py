@@ -24,11 +24,12 @@ from efrapq.cli.inspect import command as inspect_command
 from efrapq.cli.verify import command as verify_command
 from efrapq.cli.verify import print_verification
 from efrapq.data import Dataset, Preprocess, PreprocessOverride
-from efrapq.errors import DataError, UnsupportedModelError, UsageError
+from efrapq.errors import DataError, UsageError
 from efrapq.inspection import inspect
 from efrapq.loading import PREPROCESS_KEY, load
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.verification import Requirements, verify
+from efrapq.verification import images as measuring
 from efrapq.verification import verifier as module
 
 ATTACK: dict[str, Any] = {"trigger": "patch:2x2@0,0", "target_class": 0}
@@ -119,7 +120,7 @@ def asr_of(monkeypatch: pytest.MonkeyPatch, floating: float, defended: float) ->
     """Give these ASRs in the order in which they are asked for."""
     given = {"float": floating, "nearest": 99.0, "defended": defended}
     order = iter(("defended", "float", "nearest"))
-    monkeypatch.setattr(module, "attack_success_rate", lambda *_: given[next(order)])
+    monkeypatch.setattr(measuring, "attack_success_rate", lambda *_: given[next(order)])
 
 
 @pytest.mark.parametrize(
@@ -252,13 +253,13 @@ def test_the_recorded_float_model_is_found_by_its_hash(files: Files) -> None:
 
 def given_to_predict(monkeypatch: pytest.MonkeyPatch) -> list[Preprocess]:
     seen: list[Preprocess] = []
-    real = module.predict
+    real = measuring.predict
 
     def spy(session: Any, data: Any, preprocess: Preprocess, *rest: Any) -> Any:
         seen.append(preprocess)
         return real(session, data, preprocess, *rest)
 
-    monkeypatch.setattr(module, "predict", spy)
+    monkeypatch.setattr(measuring, "predict", spy)
     return seen
 
 
@@ -303,9 +304,9 @@ def dynamic(proto: onnx.ModelProto) -> None:
 
 def test_latency_without_data_takes_the_float_models_size(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    real = module.interleaved_latency
+    real = measuring.interleaved_latency
     monkeypatch.setattr(
-        module, "interleaved_latency", lambda s, x: shapes.append(x.shape) or real(s, x, rounds=1, warmup=0)
+        measuring, "interleaved_latency", lambda s, x: shapes.append(x.shape) or real(s, x, rounds=1, warmup=0)
     )
     file = files.write(files.record, dynamic)
     unknown = verify(file)
@@ -318,13 +319,13 @@ def test_latency_without_data_takes_the_float_models_size(files: Files, monkeypa
     assert shapes == [(1, 3, 8, 8)] * 2
 
 
-def test_an_input_that_is_no_image_is_refused(files: Files) -> None:
+def test_images_for_a_model_with_another_input_are_refused(files: Files) -> None:
     def second_input(proto: onnx.ModelProto) -> None:
         proto.graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [1]))
         proto.graph.output.append(helper.make_tensor_value_info("same", TensorProto.FLOAT, [1]))
         proto.graph.node.append(helper.make_node("Identity", ["other"], ["same"]))
 
-    with pytest.raises(UnsupportedModelError, match="has 2 inputs"):
+    with pytest.raises(DataError, match=r"images do not fit this model; give one array per input.*'other' float32"):
         verify(files.write(files.record, second_input), data=labelled())
 
 
