@@ -336,7 +336,8 @@ def main() -> None:
     for title, (header, rows) in shown.items():
         show(title, header, rows)
     if args.page:
-        write_page("COMPATIBILITY", {title: markdown(*table) for title, table in shown.items()})
+        pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
+        write_page("COMPATIBILITY", pages)
 
 
 if __name__ == "__main__":
