@@ -98,7 +98,7 @@ def entries() -> list[Entry]:
 
 
 def quick_entries() -> list[Entry]:
-    """Three attacks that are trained and judged within a quarter of an hour."""
+    """Three attacks that train in minutes each."""
     short = Entry("pqbackdoor", options={"epochs": 1, "unlearn_epochs": 1}, short=True)
     return [short, *(e for e in entries() if e.attack in ("qu-anti", "badnets") and e.bits == "4" and not e.seed)]
 
