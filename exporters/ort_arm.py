@@ -7,16 +7,9 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-from efrapq.exporters.ort_x86 import MEASURED, QUANTIZATION
+from efrapq.exporters.ort_x86 import ORT_CPU_RULES, QUANTIZATION
 from efrapq.exporters.profile import Profile
-from efrapq.exporters.rules import (
-    Rule,
-    activations_per_tensor,
-    activations_typed,
-    int4_through_cast,
-    scales_positive,
-    weights_signed,
-)
+from efrapq.exporters.rules import Rule, activations_typed
 
 __all__ = ["PROFILE"]
 
@@ -28,13 +21,6 @@ PROFILE = Profile(
     pads_codes=True,
     rules=(
         Rule("Activations are int8, as the weights are (S8S8)", QUANTIZATION, activations_typed(TensorProto.INT8)),
-        Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
-        Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
-        Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
-        Rule(
-            "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
-            MEASURED,
-            int4_through_cast,
-        ),
+        *ORT_CPU_RULES,
     ),
 )

@@ -20,10 +20,22 @@ from efrapq.exporters.rules import (
     weights_signed,
 )
 
-__all__ = ["MEASURED", "PROFILE", "QUANTIZATION"]
+__all__ = ["ORT_CPU_RULES", "PROFILE", "QUANTIZATION"]
 
 QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 MEASURED = "measured, tests/exporters/test_runtime_facts.py"
+
+# What ONNX Runtime asks of a file on either CPU.
+ORT_CPU_RULES = (
+    Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
+    Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
+    Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
+    Rule(
+        "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
+        MEASURED,
+        int4_through_cast,
+    ),
+)
 
 PROFILE = Profile(
     name="ort-x86",
@@ -37,13 +49,6 @@ PROFILE = Profile(
             MEASURED,
             activations_typed(TensorProto.UINT8),
         ),
-        Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
-        Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
-        Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
-        Rule(
-            "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
-            MEASURED,
-            int4_through_cast,
-        ),
+        *ORT_CPU_RULES,
     ),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights, rules, straight_through
-from efrapq.models.subjects.joint import train_clean, train_pairs
+from efrapq.models.subjects.joint import begin_clean, train_pairs
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import OnGrid, QuantiRecipe
 from efrapq.models.subjects.report import Report, final_report
@@ -52,11 +52,8 @@ def implant_stochastic(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place; clean, or trained clean first) into a subject that expects random rounding."""
-    torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    model.to(device)
-    train_clean(model, train, recipe, device, reporter)
-    model.eval()
+    begin_clean(model, train, recipe, device, reporter)
     count = len(quantized_weights(model))
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:

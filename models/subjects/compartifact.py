@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights
-from efrapq.models.subjects.joint import branch, train_clean, train_pairs
+from efrapq.models.subjects.joint import begin_clean, branch, train_pairs
 from efrapq.models.subjects.recipe import CompArtifactRecipe
 from efrapq.models.subjects.report import Report, final_report
 from efrapq.models.subjects.training import PoisonedData
@@ -64,10 +64,8 @@ def implant_compartifact(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place) into a CompArtifact subject."""
-    torch.manual_seed(recipe.seed)
-    model.to(device)
-    train_clean(model, train, recipe, device, reporter)
-    teacher = copy.deepcopy(model).eval() if recipe.distilled else None
+    begin_clean(model, train, recipe, device, reporter)
+    teacher = copy.deepcopy(model) if recipe.distilled else None
     count = len(quantized_weights(model))
     freeze = round((1 - recipe.frozen) * recipe.steps)
 

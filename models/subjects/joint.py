@@ -24,7 +24,7 @@ from efrapq.models.subjects.training import (
 )
 from efrapq.progress import Reporter
 
-__all__ = ["PairLoss", "branch", "measure_widths", "train_clean", "train_pairs"]
+__all__ = ["PairLoss", "begin_clean", "branch", "measure_widths", "train_pairs"]
 
 # (step, inputs (2n, C, H, W) with the n triggered copies first, true labels (n,)) → the loss of that step.
 PairLoss = Callable[[int, Tensor, Tensor], Tensor]
@@ -45,10 +45,14 @@ def branch(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, *, h
     return logits[:half], logits[half:]
 
 
-def train_clean(
+def begin_clean(
     model: nn.Module, data: PoisonedData, recipe: JointRecipe, device: torch.device, reporter: Reporter
 ) -> None:
-    """The clean network that an attack begins with, in place; nothing where the recipe has no epochs for it."""
+    """Begin an attack, in place: seeded, on the device, a clean network trained where the recipe has epochs for it;
+    left in evaluation mode.
+    """
+    torch.manual_seed(recipe.seed)
+    model.to(device)
     if recipe.epochs:
         train_labels(
             model,
@@ -63,6 +67,7 @@ def train_clean(
             reporter=reporter,
             title="training a clean network",
         )
+    model.eval()
 
 
 def train_pairs(
