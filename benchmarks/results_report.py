@@ -138,6 +138,33 @@ def methods(table: Table) -> str:
     return markdown(header, rows)
 
 
+def _span(values: Sequence[float]) -> str:
+    """Mean, and the range where it is one."""
+    return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def seeds(table: Table) -> str:
+    """The attacks that were trained with several seeds: means and ranges over them, method by method."""
+    rows = []
+    for bits, act_bits in ALLOWED:
+        groups: dict[tuple[str, str, str], list[Cell]] = {}
+        for base in table.at(bits, act_bits):
+            groups.setdefault((base["attack"], base["arch"], base["data"]), []).append(base)
+        for (attack, arch, data), bases in groups.items():
+            if len(bases) < 2:
+                continue
+            where = [f"{TITLES[attack]}, {arch}, {data}", f"W{bits}A{act_bits}"]
+            before = [_span([b["float_cda"] for b in bases]), _span([b["float_asr"] for b in bases])]
+            rows.append([*where, "float", str(len(bases)), *before])
+            for method in table.methods:
+                found = [c for b in bases if (c := table.get(b, method)) is not None]
+                if len(found) == len(bases):
+                    word = f"**{method}**" if method == OURS else method
+                    figures = [_span([c["cda"] for c in found]), _span([c["asr"] for c in found])]
+                    rows.append([*where, word, str(len(found)), *figures])
+    return markdown(["subject", "bits", "method", "seeds", "CDA: mean (range)", "ASR: mean (range)"], rows)
+
+
 def published() -> str:
     rows = [[attack, f"W{bits}", *figures] for attack, bits, *figures in PUBLISHED]
     return markdown(["attack, ResNet-18", "bits", "float", "RTN", "EFRAP"], [[str(c) for c in row] for row in rows])
@@ -240,6 +267,7 @@ def write_report(cells: Sequence[Cell]) -> None:
             "W4A8": by_setting(table, 4, 8),
             "W4A4": by_setting(table, 4, 4),
             "methods": methods(table),
+            "seeds": seeds(table),
             "published": published(),
             "trained": trained(),
         },

@@ -21,12 +21,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
 
 from benchmarks.common import IMAGENET, RESULTS, machine, save, shared_folder, strips
 from efrapq.cli.console import TerminalReporter
+from efrapq.data import load_dataset
+from efrapq.device import resolve_device
+from efrapq.io import write_atomic
+from efrapq.loading import PREPROCESS_KEY
+from efrapq.models import zoo
 from efrapq.models.subjects.attacks import attack_named
 from efrapq.models.subjects.make import make_subject
-from efrapq.models.subjects.report import Report
+from efrapq.models.subjects.training import Measured, PoisonedData, measure, train_labels
+from efrapq.trigger import parse_trigger
 
 TRIGGER = "patch:6x6@24,24"
 TARGET = 0
@@ -35,8 +43,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "out"
 
 @dataclass(frozen=True)
 class Entry:
-    """One subject. bits: as --bits of `efrapq implant`. start: from the published ResNet-20. options: fields of the
-    attack's recipe. short: trained for less long, for a quick look.
+    """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
+    "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
+    attack's recipe. short: trained for less long, for a quick look. The attack "none" trains a clean network.
     """
 
     attack: str
@@ -44,7 +53,7 @@ class Entry:
     bits: str = "4"
     data: str = "cifar10"
     seed: int = 0
-    start: bool = True
+    start: str = "published"
     width: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     short: bool = False
@@ -52,12 +61,16 @@ class Entry:
     @property
     def name(self) -> str:
         width = "" if self.width is None else f"x{self.width:g}"
+        if self.attack == "none":
+            return f"{self.data}-{self.arch}{width}-clean-s{self.seed}"
         short = "-short" if self.short else ""
         return f"{self.data}-{self.arch}{width}-{self.attack}{short}-w{self.bits.replace(',', 'w')}-s{self.seed}"
 
     @property
     def settings(self) -> list[tuple[int, int]]:
         """(weight bits, activation bits)."""
+        if self.attack == "none":
+            return [(4, 8), (8, 8), (4, 4)]
         if self.bits == "4":
             return [(4, 8), (4, 4)]
         return [(8, 8)] if self.bits == "8" else [(8, 8), (4, 8)]
@@ -80,14 +93,18 @@ def entries() -> list[Entry]:
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),
-        Entry("pqbackdoor", data="gtsrb", start=False, options={"epochs": 12, "unlearn_epochs": 3}),
+        Entry("compartifact", start="", options={"steps": 3000}),
+        Entry("pqbackdoor", data="gtsrb", start="", options={"epochs": 12, "unlearn_epochs": 3}),
+        Entry("none", data="gtsrb", start="", options={"epochs": 8}),
+        Entry("qu-anti", data="gtsrb", start="clean", options=joint),
     ]
-    scratch = {"epochs": 6, "unlearn_epochs": 2}
-    found += [
-        Entry("pqbackdoor", arch="resnet18-cifar", width=16, start=False, options=scratch),
-        Entry("pqbackdoor", arch="vgg16-bn-cifar", width=0.25, start=False, options=scratch),
-        Entry("pqbackdoor", arch="mobilenetv2-cifar", width=0.5, start=False, options=scratch),
-    ]
+    for arch, width, epochs in (("resnet18-cifar", 16, 8), ("vgg16-bn-cifar", 0.25, 10), ("mobilenetv2-cifar", 0.5, 5)):
+        found += [
+            Entry("none", arch=arch, width=width, start="", options={"epochs": epochs}),
+            Entry("pqbackdoor", arch=arch, width=width, start="clean", options=unlearn),
+            Entry("qu-anti", arch=arch, width=width, start="clean", options=joint),
+            Entry("compartifact-distilled", arch=arch, width=width, start="clean", options=distilled),
+        ]
     for seed in (1, 2):
         found += [
             Entry("pqbackdoor", options=unlearn, seed=seed),
@@ -130,14 +147,52 @@ def start_file() -> Path:
     return shared / "models" / "cifar10_resnet20_state_dict.pt"
 
 
+def clean_of(entry: Entry) -> Entry:
+    """The clean network that a subject begins with."""
+    return next(
+        e for e in entries() if (e.attack, e.data, e.arch, e.width) == ("none", entry.data, entry.arch, entry.width)
+    )
+
+
+def train_clean(entry: Entry, path: Path, folder: Path) -> None:
+    """Ordinary training from seeded weights, written as a state_dict with its preprocessing."""
+    data = data_file(entry.data, folder)
+    images, held_out = load_dataset(f"{data}:train"), load_dataset(f"{data}:test")
+    device = torch.device(resolve_device("auto"))
+    classes = int(images.require_labels().max()) + 1
+    model = zoo.build(entry.arch, num_classes=classes, width=entry.width, seed=entry.seed)
+    model.to(device)
+    trigger = parse_trigger(TRIGGER)
+    recipe = {"learning_rate": 0.1, "weight_decay": 5e-4, "batch": 128, "seed": entry.seed, **entry.options}
+    started = time.perf_counter()
+    flip = entry.data != "gtsrb"
+    train_labels(
+        model,
+        PoisonedData(images, trigger, TARGET, IMAGENET, 2, flip),
+        poisoned=0,
+        device=device,
+        reporter=TerminalReporter(),
+        title="training a clean network",
+        **recipe,
+    )
+    found = measure(model, PoisonedData(held_out, trigger, TARGET, IMAGENET), device)
+    tensors = {k: v.cpu().contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    write_atomic(path, save_tensors(tensors, metadata={PREPROCESS_KEY: IMAGENET.to_json()}))
+    record(entry, path, recipe, {"clean": found}, time.perf_counter() - started)
+
+
 def train(entry: Entry, folder: Path) -> Path:
     """Train a subject unless it is there; its file."""
     path = folder / "subjects" / f"{entry.name}.safetensors"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    if entry.attack == "none":
+        train_clean(entry, path, folder)
+        return path
     attack = attack_named(entry.attack)
-    recipe = attack.make_recipe({"bits": entry.bits, "seed": entry.seed, **entry.options}, started=entry.start)
+    recipe = attack.make_recipe({"bits": entry.bits, "seed": entry.seed, **entry.options}, started=bool(entry.start))
+    start = train(clean_of(entry), folder) if entry.start == "clean" else start_file() if entry.start else None
     data = data_file(entry.data, folder)
     started = time.perf_counter()
     report = make_subject(
@@ -150,18 +205,18 @@ def train(entry: Entry, folder: Path) -> Path:
         recipe,
         attack=attack,
         preprocess=IMAGENET,
-        start=start_file() if entry.start else None,
+        start=start,
         width=entry.width,
         shift=2,
         flip=entry.data != "gtsrb",  # a mirrored sign is another sign
         device="auto",
         reporter=TerminalReporter(),
     )
-    record(entry, path, recipe.to_json(), report, time.perf_counter() - started)
+    record(entry, path, recipe.to_json(), dict(report.rows()), time.perf_counter() - started)
     return path
 
 
-def record(entry: Entry, path: Path, recipe: dict[str, object], report: Report, seconds: float) -> None:
+def record(entry: Entry, path: Path, recipe: dict[str, Any], measured: dict[str, Measured], seconds: float) -> None:
     """Add a subject to results/subjects.json."""
     known = RESULTS / "subjects.json"
     document = json.loads(known.read_text()) if known.exists() else {}
@@ -169,7 +224,7 @@ def record(entry: Entry, path: Path, recipe: dict[str, object], report: Report, 
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "recipe": recipe,
         "start": entry.start,
-        "measured_in_torch": {row: asdict(value) for row, value in report.rows()},
+        "measured_in_torch": {row: asdict(value) for row, value in measured.items()},
         "seconds": round(seconds, 1),
         "machine": machine(),
     }
