@@ -50,7 +50,8 @@ from efrapq.io.text import printable
     "--calib",
     metavar="DATA",
     help="Images to calibrate on: .npz, .npz:split or a folder. Without it, inputs are made from BatchNorm statistics. "
-    "For a model that takes anything else: .npz with one array per input, by its name, or a folder of those.",
+    "For a model that takes anything else: .npz with one array per input, by its name and in its layout (samples on "
+    "the batch axis, mostly the first), or a folder of those.",
 )
 @click.option(
     "--calib-size", type=click.IntRange(1), default=512, show_default=True, help="Use at most so many samples."
@@ -95,6 +96,12 @@ from efrapq.io.text import printable
     help="Weight scales: the largest weight's; of least rounding error; re-fitted to the codes.",
 )
 @click.option(
+    "--equalize",
+    is_flag=True,
+    help="First scale channels, where the network's function stays the same, so that one activation grid serves them "
+    "all: for MobileNets and their like.",
+)
+@click.option(
     "--rows",
     type=click.IntRange(1),
     default=32,
@@ -131,6 +138,9 @@ def command(
     """Quantize MODEL (.pt, .safetensors or .onnx) with EFRAP rounding.
 
     Writes a QDQ graph, and beside it the evidence (.json): hashes, settings, and what happened to every layer.
+
+    An ONNX model may have external data, in plain files of its own folder; past 1 GiB its weights are read one at a
+    time. A result past 2 GiB has external data of its own, in the file OUTPUT.data.
     """
     from efrapq.pipeline import default_output, defend
     from efrapq.report.evidence import dumps

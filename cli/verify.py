@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from efrapq.cli.console import TerminalReporter, out, percent, size, table
-from efrapq.cli.costs import conversions_words, macs_words, memory_words, outputs_words, unfused_lines
+from efrapq.cli.costs import conversions_words, macs_words, memory_words, unfused_lines
 from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
+from efrapq.cli.outputs import output_lines
 from efrapq.io.text import printable
 
 
@@ -20,8 +21,9 @@ from efrapq.io.text import printable
 @click.option(
     "--data",
     metavar="DATA",
-    help="Labelled test images: .npz, .npz:split or a folder of class folders. For a model that takes anything else: "
-    ".npz with one array per input, by its name, and 'labels' if it is a classifier; or a folder of those, without.",
+    help="Test images: .npz, .npz:split or a folder; for CDA and ASR with labels, or in class folders. For a model "
+    "that takes anything else: .npz with one array per input, by its name and in its layout (samples on the batch "
+    "axis, mostly the first), and 'labels' if it is a classifier; or a folder of those, without.",
 )
 @click.option(
     "--trigger",
@@ -58,9 +60,9 @@ def command(
 ) -> int:
     """Measure MODEL in ONNX Runtime: accuracy (CDA), attack success rate (ASR), codes, kernels, latency.
 
-    Beside the file stand the float model and its nearest twin: the same grid, rounded to nearest. Of a model that
-    takes anything else than images, the outputs are compared instead of the ASR. The exit code is the verdict: 0
-    pass, 1 fail.
+    Beside the file stand the float model and its nearest twin: the same grid, rounded to nearest. Where there are no
+    labels or no classes, as with detectors, segmenters and embeddings, and of a model that takes anything else than
+    images, the outputs are compared instead. The exit code is the verdict: 0 pass, 1 fail.
     """
     from efrapq.report.evidence import dumps
     from efrapq.verification import Requirements, verify
@@ -86,7 +88,7 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
         values = document[key]
         figures.add_row(label, *(percent(values[k]) for k in ("float", "nearest", "defended")))
     latency = document["latency_ms"]
-    outputs = document.get("outputs")  # of models that take anything else than images
+    outputs = document["outputs"]  # null where there are rates of a classifier of images instead
     figures.add_row(
         "latency, one image" if outputs is None else "latency, one sample",
         *("–" if v is None else f"{v:.2f} ms" for v in (latency["float"], None, latency["defended"])),
@@ -120,8 +122,8 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
         console.print(
             f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False
         )
-    if outputs is not None and outputs["defended"]["relative_error"] is not None:
-        console.print(f"outputs    {outputs_words(outputs)}", markup=False)
+    for place, line in enumerate(output_lines(document)):
+        console.print(f"{'' if place else 'outputs':<11}{line}", markup=False)
     samples = document["samples"]
     if samples["clean"]:
         attacked = f" clean, {samples['triggered']} triggered" if outputs is None else ""

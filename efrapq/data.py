@@ -18,10 +18,10 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,20 @@ from efrapq.io.zipcheck import zip_members
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ArrayFile", "Dataset", "Preprocess", "PreprocessOverride", "decode_image", "load_dataset"]
+__all__ = [
+    "ArrayFile",
+    "Dataset",
+    "Layout",
+    "Preprocess",
+    "PreprocessOverride",
+    "decode_image",
+    "layout_of",
+    "load_dataset",
+]
+
+# The order of axes in which a model takes a batch of images.
+Layout = Literal["NCHW", "NHWC"]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # (images, labels) as people name them; {} is the split.
@@ -57,17 +70,27 @@ FREE_ARRAY_BYTES = 256 << 20
 _ADVICE = "save plain arrays with numpy.savez(images=…, labels=…)"
 
 
+def layout_of(dims: Sequence[object]) -> Layout:
+    """The layout of a batch of images with these dimensions, which need not all be numbers.
+
+    NHWC if the last of four axes holds colour channels, 1 or 3, and the second one, their place in NCHW, does not.
+    """
+    return "NHWC" if len(dims) == 4 and dims[3] in (1, 3) and dims[1] not in (1, 3) else "NCHW"
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """What turns a raw image into the model's input: (x / 255 - mean) / std per channel, after resizing.
 
     mean, std: one number per channel, or one for all, in units of the 0–1 image. size: (height, width) to resize and
-    centre-crop image files to; arrays are never resized. Raises UsageError for numbers that make no sense.
+    centre-crop image files to; arrays are never resized. layout: of the model's input. Raises UsageError for numbers
+    that make no sense.
     """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     size: tuple[int, int] | None = None
+    layout: Layout = "NCHW"
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
@@ -84,37 +107,48 @@ class Preprocess:
             raise UsageError("--std must lie between 1e-6 and 1e6")
         if self.size is not None:
             _check_size(self.size)
+        if self.layout not in ("NCHW", "NHWC"):
+            raise UsageError(f"the layout must be NCHW or NHWC, not {printable(self.layout, 40)}")
+
+    def in_layout(self, layout: Layout) -> Preprocess:
+        """The same for a model that takes its images so."""
+        return replace(self, layout=layout)
 
     def _per_channel(self, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """mean and std, (channels,) each: they broadcast over images with their channels last."""
         if len(self.mean) not in (1, channels):
             raise UsageError(f"--mean/--std have {len(self.mean)} values but the images have {channels} channels")
-        shape = (1, -1, 1, 1)
-        mean = np.broadcast_to(np.asarray(self.mean, np.float32), (channels,)).reshape(shape)
-        std = np.broadcast_to(np.asarray(self.std, np.float32), (channels,)).reshape(shape)
-        return mean, std
+        mean = np.broadcast_to(np.asarray(self.mean, np.float32), (channels,))
+        return mean, np.broadcast_to(np.asarray(self.std, np.float32), (channels,))
+
+    def arrange(self, images: NDArray[Scalar]) -> NDArray[Scalar]:
+        """(N, H, W, C) → the model's layout, contiguous."""
+        return np.ascontiguousarray(images if self.layout == "NHWC" else images.transpose(0, 3, 1, 2))
 
     def normalize(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(N, H, W, C) uint8 → (N, C, H, W) float32, the model's input."""
+        """(N, H, W, C) uint8 → float32 in the model's layout: its input."""
         mean, std = self._per_channel(images.shape[3])
-        x = images.transpose(0, 3, 1, 2).astype(np.float32)
+        x = images.astype(np.float32)
         x *= np.float32(1 / 255)
         x -= mean
         x /= std
-        return np.ascontiguousarray(x)
+        return self.arrange(x)
 
     def to_unit(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, C, H, W) model inputs → (N, H, W, C) float32 images in units where white is 1."""
-        mean, std = self._per_channel(inputs.shape[1])
-        return np.ascontiguousarray((inputs * std + mean).transpose(0, 2, 3, 1))
+        """Model inputs → (N, H, W, C) float32 images in units where white is 1."""
+        images = inputs if self.layout == "NHWC" else inputs.transpose(0, 2, 3, 1)
+        mean, std = self._per_channel(images.shape[3])
+        return np.ascontiguousarray(images * std + mean)
 
     def from_unit(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """The inverse of `to_unit`."""
         mean, std = self._per_channel(images.shape[3])
-        return np.ascontiguousarray((images.transpose(0, 3, 1, 2) - mean) / std, dtype=np.float32)
+        return self.arrange(((images - mean) / std).astype(np.float32, copy=False))
 
     def to_json(self) -> str:
-        """The form that travels in a model's metadata."""
-        return json.dumps({"mean": self.mean, "std": self.std, "size": self.size})
+        """The form that travels in a model's metadata. A layout is named where it is not NCHW."""
+        layout = {} if self.layout == "NCHW" else {"layout": self.layout}
+        return json.dumps({"mean": self.mean, "std": self.std, "size": self.size} | layout)
 
     @classmethod
     def from_json(cls, text: str) -> Preprocess:
@@ -127,7 +161,8 @@ class Preprocess:
             if size is not None:
                 height, width = size
                 size = (int(height), int(width))
-            return cls(tuple(float(v) for v in mean), tuple(float(v) for v in std), size)
+            layout = record.get("layout", "NCHW")
+            return cls(tuple(float(v) for v in mean), tuple(float(v) for v in std), size, layout)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UsageError) as exc:
             raise DataError(
                 "the model's metadata holds an unreadable preprocessing record: pass --mean and --std"
@@ -150,7 +185,7 @@ class PreprocessOverride:
     def over(self, recorded: Preprocess | None) -> Preprocess:
         """The recorded preprocessing with the given parts replaced."""
         base = recorded or Preprocess()
-        return Preprocess(self.mean or base.mean, self.std or base.std, self.size or base.size)
+        return Preprocess(self.mean or base.mean, self.std or base.std, self.size or base.size, base.layout)
 
     @property
     def says_colours(self) -> bool:
@@ -162,7 +197,7 @@ class Dataset:
     """Images with or without labels, read lazily.
 
     Raw images are (N, H, W, C) uint8, or, when `is_input` is true, (N, C, H, W) float32 that already are model
-    inputs. labels: (N,) int64 or None.
+    inputs; those of a model with its channels last may have theirs last too. labels: (N,) int64 or None.
     """
 
     def __init__(
@@ -190,11 +225,14 @@ class Dataset:
         return self._read(indices)
 
     def inputs(self, indices: Sequence[int], preprocess: Preprocess) -> NDArray[np.float32]:
-        """The model inputs at these positions, (n, C, H, W) float32."""
+        """The model inputs at these positions, n of them in the model's layout, float32."""
         raw = self.raw(indices)
-        if self.is_input:
-            return np.ascontiguousarray(raw, dtype=np.float32)
-        return preprocess.normalize(raw.astype(np.uint8, copy=False))
+        if not self.is_input:
+            return preprocess.normalize(raw.astype(np.uint8, copy=False))
+        inputs = np.ascontiguousarray(raw, dtype=np.float32)
+        if preprocess.layout == "NHWC" and layout_of(inputs.shape) == "NCHW":
+            return np.ascontiguousarray(inputs.transpose(0, 2, 3, 1))
+        return inputs
 
     def batches(self, size: int) -> Iterator[range]:
         """Consecutive index ranges of at most `size`."""
@@ -241,7 +279,9 @@ class Dataset:
     def from_arrays(
         cls, images: NDArray[np.generic], labels: NDArray[np.generic] | None, name: str = "array"
     ) -> Dataset:
-        """uint8 (N, H, W[, C]) or float32 (N, C, H, W) images and integer labels (N,); DataError if they are not."""
+        """uint8 (N, H, W[, C]) or float32 images that are model inputs, and integer labels (N,); DataError if they are
+        not.
+        """
         images, is_input = _check_images(images, name)
         checked = None if labels is None else _check_labels(labels, len(images), name)
         return cls(name, len(images), lambda indices: images[np.asarray(indices, np.intp)], checked, is_input=is_input)

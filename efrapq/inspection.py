@@ -11,7 +11,7 @@ import numpy as np
 
 from efrapq.errors import UnsupportedModelError
 from efrapq.io import is_quantized
-from efrapq.loading import load
+from efrapq.loading import FloatModel, load
 
 __all__ = ["INSPECT_SCHEMA", "inspect"]
 
@@ -47,15 +47,15 @@ def inspect(
         "notes": list(source.notes),
     }
     if quantized:
-        found.update(_quantized(source.proto, found["notes"]))
+        found.update(_quantized(source, found["notes"]))
     else:
-        found.update(_float(source.proto))
-    found.update(_kernels(source.proto, found["notes"], input_shape))
+        found.update(_float(source))
+    found.update(_kernels(source, found["notes"], input_shape))
     found["parameters"] = sum(int(np.prod(layer["shape"])) for layer in found["layers"])
     return found
 
 
-def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
+def _quantized(source: FloatModel, notes: list[str]) -> dict[str, Any]:
     """What a quantized file holds. Other tools write forms that do not read back as codes: that is worth a note, and
     the rest is still told.
     """
@@ -64,7 +64,7 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None, "saturation": None}
     try:
-        model = read_quantized(proto)
+        model = read_quantized(source.proto, source.outside)
     except UnsupportedModelError as exc:
         notes.append(f"layers are not read back: {exc}")
     else:
@@ -86,20 +86,21 @@ def _quantized(proto: Any, notes: list[str]) -> dict[str, Any]:
     return found
 
 
-def _kernels(proto: Any, notes: list[str], input_shape: tuple[int, int, int] | None) -> dict[str, Any]:
+def _kernels(source: FloatModel, notes: list[str], input_shape: tuple[int, int, int] | None) -> dict[str, Any]:
     """What ONNX Runtime makes of the file; a note where it does not load it."""
     from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
     from efrapq.verification.advice import loading_advice
     from efrapq.verification.cost import activation_peak
     from efrapq.verification.kernels import report_kernels
-    from efrapq.verification.session import open_session
+    from efrapq.verification.session import open_model
     from efrapq.verification.shapes import graph_shapes
 
+    proto = source.proto
     if proto.ByteSize() >= MAX_PROTOBUF_BYTES:
         notes.append("kernels are not known: the model is too large to hand to ONNX Runtime in one piece (2 GiB)")
         return {}
     try:
-        optimized = open_session(proto.SerializeToString()).optimized
+        optimized = open_model(proto, source.outside).optimized
     except UnsupportedModelError as exc:
         notes.append(f"kernels are not known: {exc}. {loading_advice(proto, str(exc))}")
         return {}
@@ -113,11 +114,11 @@ def _kernels(proto: Any, notes: list[str], input_shape: tuple[int, int, int] | N
     }
 
 
-def _float(proto: Any) -> dict[str, Any]:
+def _float(source: FloatModel) -> dict[str, Any]:
     from efrapq.graph.layers import find_layers, weight_array
     from efrapq.graph.prepare import prepare
 
-    graph = prepare(proto).graph
+    graph = prepare(source.proto, source.outside).graph
     layers, skipped = find_layers(graph)
     rows = []
     weights = hashlib.sha256()

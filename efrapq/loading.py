@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from efrapq.data import Dataset, Preprocess, PreprocessOverride, load_dataset
+from efrapq.data import Dataset, Preprocess, PreprocessOverride, layout_of, load_dataset
 from efrapq.errors import DataError, UnknownArchitectureError, UnsupportedModelError, UsageError
-from efrapq.io import Checkpoint, Format, Limits, load_checkpoint, load_onnx, printable, read_source, require_finite
+from efrapq.io import (
+    Checkpoint,
+    FileTensor,
+    Format,
+    Limits,
+    load_checkpoint,
+    load_onnx,
+    printable,
+    read_source,
+    require_finite,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -25,9 +36,11 @@ PREPROCESS_KEY = "efrapq.preprocess"
 class FloatModel:
     """A float model from outside.
 
-    proto: the ONNX graph as imported. name: for messages. sha256, size: of the file's bytes (empty and 0 for an
-    nn.Module). architecture: the zoo's or the user's name for it. preprocess: as the file's metadata says, if it
-    does. notes: what the user should know about how it was read.
+    proto: the ONNX graph as imported. name: for messages. sha256: of the file's bytes (empty for an nn.Module). size:
+    of the file and its external data. architecture: the zoo's or the user's name for it. preprocess: as the file's
+    metadata says, if it does. notes: what the user should know about how it was read. external: location → SHA-256
+    of the files of external data. outside: the initializers that stay in these, by name (see `efrapq.io.external`);
+    empty for all but large models.
     """
 
     proto: onnx.ModelProto
@@ -39,20 +52,33 @@ class FloatModel:
     architecture: str | None = None
     preprocess: Preprocess | None = None
     notes: tuple[str, ...] = field(default=())
+    external: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, FileTensor] = field(default_factory=dict)
+
+    @property
+    def content_sha256(self) -> str:
+        """One hash over the graph and all its weights."""
+        h = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
+        for name, held in sorted(self.outside.items()):
+            h.update(f"{len(name)}|{name}|{held.sha256}|".encode())
+        return h.hexdigest()
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:
-        """The first input's dimensions, None where dynamic."""
+        """(N, C, H, W) of the images that the model takes, None where dynamic: see `image_input`."""
         return image_input(self.proto)
 
 
 def image_input(proto: onnx.ModelProto) -> tuple[int | None, ...]:
-    """The dimensions of the first input that is not an initializer, None where dynamic; () if there is none."""
+    """(N, C, H, W) of the first input that is not an initializer, None where dynamic, also where the model takes its
+    images as (N, H, W, C); of an input of another rank the dimensions; () if there is none.
+    """
     constants = {t.name for t in proto.graph.initializer}
     for value in proto.graph.input:
         if value.name not in constants:
             dims = value.type.tensor_type.shape.dim
-            return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+            found = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+            return found if layout_of(found) == "NCHW" else (found[0], found[3], found[1], found[2])
     return ()
 
 
@@ -75,25 +101,28 @@ def load(
     if source.format is Format.ONNX:
         if arch is not None:
             raise UsageError(f"{source.name}: --arch names the network of a state_dict; an ONNX file brings its own")
-        proto = load_onnx(source, limits=limits).model
+        found = load_onnx(source, limits=limits)
+        proto = found.model
         recorded, notes = _recorded_preprocess({p.key: p.value for p in proto.metadata_props})
         return FloatModel(
             proto=proto,
             name=source.name,
             path=source.path,
             sha256=source.sha256,
-            size=len(source.data),
+            size=len(source.data) + found.external_bytes,
             format=str(source.format),
             preprocess=recorded,
             notes=notes,
+            external=found.external,
+            outside=found.outside,
         )
     checkpoint = load_checkpoint(source, trust_pickle=trust_pickle, limits=limits)
     require_finite(checkpoint.tensors)
     module, name, shape, notes = _build(checkpoint, arch, input_shape, source.name)
-    found = _from_module(module, source.name, shape)
+    exported = _from_module(module, source.name, shape)
     recorded, unread = _recorded_preprocess(checkpoint.metadata)
     return FloatModel(
-        proto=found.proto,
+        proto=exported.proto,
         name=source.name,
         path=source.path,
         sha256=source.sha256,

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
-from efrapq.calibration.signature import model_inputs, takes_images
+from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
-from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load
+from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, load
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
+from efrapq.writing import Written, data_path, write_checked
 
 if TYPE_CHECKING:
     import onnx
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
     from efrapq.calibration.feeds import Feeds
     from efrapq.graph.layers import Layer
+    from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import Journal, LayerReport, PassSettings, Solved
-    from efrapq.verification.session import Session
 
 # Calibration data as defend takes it; see `efrapq.calibration`.
 Calibration = str | Path | Dataset | Mapping[str, NDArray[Any]]
@@ -45,7 +46,9 @@ __all__ = ["Calibration", "Defended", "Exported", "default_output", "defend", "e
 
 @dataclass(frozen=True)
 class Defended:
-    """What defend() made. data: the file's bytes; path, evidence_path: where they were written, if anywhere."""
+    """What defend() made. data: the file's bytes, which past 2 GiB are without the weights' codes: these are in the
+    file `path`.data then. path, evidence_path: where they were written, if anywhere.
+    """
 
     data: bytes
     evidence: dict[str, Any]
@@ -56,7 +59,9 @@ class Defended:
 
 @dataclass(frozen=True)
 class Exported:
-    """What export() wrote: one file with the same codes as the one it came from. notes: what its user should know."""
+    """What export() wrote: one file with the same codes as the one it came from. data: as in Defended. notes: what its
+    user should know.
+    """
 
     data: bytes
     path: Path
@@ -102,6 +107,7 @@ def defend(
     steps: int = 10_000,
     act_range: str = "auto",
     scale: str = "minmax",
+    equalize: bool = False,
     rows: int = 32,
     target: str | None = None,
     arch: str | None = None,
@@ -120,13 +126,14 @@ def defend(
     edge_bits: of the first and last layer. block: inputs of an output channel that share a scale, 16 to 256, in
     matrices beside float activations; 0 for one scale per channel. calib: images to calibrate on, at most
     calib_size of them; without it inputs are made from the model's BatchNorm statistics. A model that takes
-    anything but one batch of images needs one array per input, by name, first axis the samples: a dict, an .npz
-    file or a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
+    anything but one batch of images needs one array per input, by name and in its layout: a dict, an .npz file or
+    a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
     each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
-    instead; error: its unit. scale: of the weights, minmax, mse or refit. rows: each layer's moments are taken over
-    at most so many rows per input of an output channel. memory: bytes of activations kept in memory, the rest goes
-    to temporary files. resume: continue a run that was stopped. The same inputs, seed and versions give the same
-    bytes.
+    instead; error: its unit. scale: of the weights, minmax, mse or refit. equalize: scale channels first, where the
+    network's function stays the same, so that one activation grid serves them all. rows: each layer's moments are
+    taken over at most so many rows per input of an output channel. memory: bytes of activations kept in memory, the
+    rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and versions give
+    the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
@@ -169,6 +176,9 @@ def defend(
     for width in sorted({bits, edge_bits} - {4, 8}):
         reporter.note(f"weights of {width} bits are stored in {4 if width < 4 else 8}-bit integers")
     refuse_quantized(source.proto, source.name)
+    data_files = [source.path.parent / location for location in source.external] if source.path is not None else []
+    if output is not None:
+        _outputs(output, data_files)
     effective, colours_known = effective_preprocess(preprocess, source.preprocess)
     data = open_calibration(calib, source, effective, calib_size, seed)
     if isinstance(data, Arrays) and preprocess is not None:
@@ -190,9 +200,9 @@ def defend(
         block=block,
     )
     quantized, solved, calibration = _solve(
-        source, data, effective, act_bits, calib_size, settings, output, resume, reporter
+        source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
     )
-    recorded = _recorded_settings(settings, act_bits, target)
+    recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
@@ -204,9 +214,10 @@ def defend(
         }
     )
     if effective is not None:
-        quantized.metadata[PREPROCESS_KEY] = effective.to_json()
+        layout = image_layout(model_inputs(source.proto, source.name))
+        quantized.metadata[PREPROCESS_KEY] = effective.in_layout(layout).to_json()
     shape = () if isinstance(data, Arrays) else (source.input_shape[0] or 1, *calibration["input"])
-    written = _write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape)
+    written = write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape, output)
     evidence = _evidence(source, quantized, solved.reports, recorded, calibration, written, output)
     evidence["machine"] = _machine(device)
     evidence["timing"] = {
@@ -215,9 +226,11 @@ def defend(
         "layers": {r.name: round(r.seconds, 3) for r in solved.reports},
     }
     if output is not None and evidence_path is not None:
-        write_all({output: written, evidence_path: dumps(evidence).encode()})
+        if written.external:
+            check_output(data_path(output), [*inputs, *data_files, *_files(calib)])
+        write_all(written.files(output) | {evidence_path: dumps(evidence).encode()})
         _journal_folder(output, None).discard()
-    return Defended(written, evidence, quantized, output, evidence_path)
+    return Defended(written.data, evidence, quantized, output, evidence_path)
 
 
 def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
@@ -235,17 +248,21 @@ def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exp
     paths = {target: Path(output) for target, output in outputs.items()}
     for path in paths.values():
         check_output(path, [Path(model)])
-    proto = load_onnx(source).model
-    quantized = read_quantized(proto)
-    sample = _zeros(proto, quantized.metadata, source.name)
-    made = [
-        Exported(
-            _write_checked(quantized, target, sample), path, quantized.digest, target, tuple(remarks(quantized, target))
-        )
+    found = load_onnx(source)
+    inputs = [source.path, *(source.path.parent / location for location in found.external)]
+    for path in paths.values():
+        check_output(path, inputs)
+    quantized = read_quantized(found.model, found.outside)
+    sample = _zeros(found.model, quantized.metadata, source.name)
+    written = {target: write_checked(quantized, target, sample, path) for target, path in paths.items()}
+    for target, path in paths.items():
+        if written[target].external:
+            check_output(data_path(path), inputs)
+    write_all({place: data for target, path in paths.items() for place, data in written[target].files(path).items()})
+    return [
+        Exported(written[target].data, path, quantized.digest, target, tuple(remarks(quantized, target)))
         for target, path in paths.items()
     ]
-    write_all({file.path: file.data for file in made})
-    return made
 
 
 def _zeros(proto: onnx.ModelProto, metadata: Mapping[str, str], name: str) -> tuple[int, ...] | dict[str, NDArray[Any]]:
@@ -256,8 +273,9 @@ def _zeros(proto: onnx.ModelProto, metadata: Mapping[str, str], name: str) -> tu
 
     inputs, shapes = model_inputs(proto, name), recorded_inputs(metadata)
     if takes_images(inputs) and not shapes:
-        image = recorded_sizes(metadata)
-        return tuple(d or (image[i - 1] if i and image else 1) for i, d in enumerate(image_input(proto)))
+        dims, image = inputs[0].dims or (), recorded_sizes(metadata)
+        sizes = [1, *image] if len(image) == 3 else [1, 1, 1, 1]
+        return tuple(d if isinstance(d, int) else size for d, size in zip(dims, sizes, strict=True))
     feeds: dict[str, NDArray[Any]] = {}
     for given in inputs:
         recorded = shapes.get(given.name, [])
@@ -341,6 +359,8 @@ def _solve(
     output: Path | None,
     resume: bool,
     reporter: Reporter,
+    *,
+    equalize: bool = False,
 ) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
     import torch
 
@@ -351,7 +371,7 @@ def _solve(
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import streaming_pass
 
-    model = prepare(source.proto)
+    model = prepare(source.proto, source.outside)
     layers, skipped = find_layers(model.graph)
     if not layers:
         first = f"; {skipped[0].op_type} {skipped[0].node_name} stays float: {skipped[0].reason}" if skipped else ""
@@ -375,9 +395,12 @@ def _solve(
             images, calibration = real_inputs(data, shape, preprocess, source.name)
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
     placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    record = {}
+    if equalize:
+        layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
     journal = None
     if output is not None:
-        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter)
+        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
     try:
         solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
     except (torch.OutOfMemoryError, MemoryError) as exc:
@@ -400,9 +423,40 @@ def _solve(
         reporter.note(f"resumed: {journal.resumed} of {len(layers)} layers were solved before")
     for node_name in solved.fallback:
         reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
-    kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")}
+    kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
     return quantized, solved, calibration
+
+
+def _equalized(
+    model: ir.Model,
+    layers: list[Layer],
+    placement: Placement,
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
+    settings: PassSettings,
+    reporter: Reporter,
+) -> tuple[list[Layer], dict[str, str]]:
+    """Scale the channels of the model; its layers, and what the file is to record."""
+    import torch
+
+    from efrapq.calibration.equalization import choose_exponents
+    from efrapq.graph.equalize import EQUALIZED_KEY, exponents_to_json
+    from efrapq.graph.equalize import equalize as scale_channels
+    from efrapq.graph.layers import find_layers
+
+    if not placement.grids:
+        raise UsageError("--equalize is for activations on grids: with float ones there is nothing to gain")
+    images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
+    if len(images) != len(chunks):
+        raise UsageError("--equalize is for models that take images")
+    edges = {layers[0].name, layers[-1].name}
+    bits = {layer.name: settings.edge_bits if layer.name in edges else settings.bits for layer in layers}
+    exponents = choose_exponents(model, layers, bits, placement, images, torch.device(settings.device))
+    scale_channels(model, exponents)
+    moved = sum(int(np.count_nonzero(k)) for k in exponents.values())
+    reporter.note(f"equalized: {moved:,} channels of {len(exponents)} activations were scaled")
+    record = {EQUALIZED_KEY: exponents_to_json(exponents)} if exponents else {}
+    return find_layers(model.graph)[0], record
 
 
 def _blocked(graph: ir.Graph, layers: list[Layer], block: int, reporter: Reporter) -> list[Layer]:
@@ -432,6 +486,8 @@ def _journal(
     chunks: Sequence[torch.Tensor] | Sequence[Feeds],
     resume: bool,
     reporter: Reporter,
+    *,
+    equalize: bool,
 ) -> Journal:
     """The record of solved layers beside the output, keyed by all that decides them."""
     import hashlib
@@ -439,10 +495,11 @@ def _journal(
     from efrapq.calibration.inputs import inputs_digest
 
     decides = {
-        "model": hashlib.sha256(source.proto.SerializeToString(deterministic=True)).hexdigest(),
+        "model": source.content_sha256,
         "inputs": inputs_digest(chunks),
         "act_bits": act_bits,
         "settings": repr(replace(settings, memory=None)),
+        "equalize": equalize,
         "versions": versions(),
         "machine": _machine(settings.device),
     }
@@ -460,48 +517,6 @@ def _journal_folder(output: Path, key: str | None) -> Journal:
     return Journal(output.with_name(f"{output.name}.partial"), key or "")
 
 
-def _write_checked(
-    quantized: QuantizedModel, target: str, sample: tuple[int, ...] | Mapping[str, NDArray[Any]]
-) -> bytes:
-    """Export, lint, read back, compare, load and run once: only then is it done.
-
-    sample: arrays by input name, or the shape of an image.
-    """
-    import onnx
-
-    from efrapq.exporters import export_model, lint, read_quantized
-    from efrapq.verification.session import open_session, try_run
-
-    proto = export_model(quantized, target)
-    violations = lint(proto, target)
-    if violations:
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        raise UnsupportedModelError(f"{target} would not take this model: {violations[0]}{more}")
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as exc:
-        reason = printable((str(exc).splitlines() or [""])[0])
-        raise UnsupportedModelError(f"the {target} form of this model is not valid ONNX ({reason})") from exc
-    data = proto.SerializeToString(deterministic=True)
-    if read_quantized(onnx.load_model_from_string(data)).digest != quantized.digest:
-        raise UnsupportedModelError(
-            f"the {target} file does not read back as the codes that were solved; please report this"
-        )
-    if isinstance(sample, tuple):
-        try_run(data, sample)
-    else:
-        _run_once(open_session(data), sample, target)
-    return bytes(data)
-
-
-def _run_once(session: Session, feeds: Mapping[str, NDArray[Any]], target: str) -> None:
-    try:
-        session.raw.run(None, dict(feeds))
-    except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
-        reason = printable((str(exc).strip().splitlines() or [type(exc).__name__])[0], 400)
-        raise UnsupportedModelError(f"ONNX Runtime does not run the {target} form of this model: {reason}") from exc
-
-
 def _machine(device: str) -> dict[str, Any]:
     """What else decides the bytes: sums of floats depend on the device and on how many threads share them."""
     import torch
@@ -516,7 +531,7 @@ def _evidence(
     reports: list[LayerReport],
     settings: dict[str, Any],
     calibration: dict[str, Any],
-    data: bytes,
+    written: Written,
     output: Path | None,
 ) -> dict[str, Any]:
     import hashlib
@@ -534,12 +549,14 @@ def _evidence(
             "bytes": source.size,
             "format": source.format,
             "architecture": source.architecture,
+            **({"external": source.external} if source.external else {}),
         },
         "output": {
             "path": str(output) if output is not None else None,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "bytes": len(data),
+            "sha256": hashlib.sha256(written.data).hexdigest(),
+            "bytes": written.size,
             "codes_sha256": quantized.digest,
+            **({"external": written.external} if written.external else {}),
         },
         "settings": settings,
         "calibration": calibration,

@@ -47,11 +47,11 @@ class Trigger:
         return np.rint(np.clip(stamped, 0, 1) * 255).astype(np.uint8)
 
     def on_inputs(self, inputs: NDArray[np.float32], preprocess: Preprocess) -> NDArray[np.float32]:
-        """Model inputs (N, C, H, W) → triggered copies, through the raw image that the preprocessing came from."""
+        """Model inputs → triggered copies, through the raw image that the preprocessing came from."""
         unit = preprocess.to_unit(inputs)
         stamped = self.stamp(unit)
         # What the trigger leaves alone keeps every bit, which the way to the raw image and back would not.
-        touched = (stamped != unit).transpose(0, 3, 1, 2)
+        touched = preprocess.arrange(stamped != unit)
         return np.ascontiguousarray(np.where(touched, preprocess.from_unit(stamped), inputs), dtype=np.float32)
 
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx import checker, defs, shape_inference, version_converter
 
 from efrapq.errors import UnsupportedModelError
+from efrapq.graph.outside import set_aside, take_back
 
 __all__ = ["IR_VERSIONS", "to_opset"]
 
@@ -23,6 +24,10 @@ NEW_VALUES = {
 }
 
 
+# Bytes of constants that the converter is given; a protobuf message holds 2 GiB.
+MAX_MESSAGE = 1 << 30
+
+
 def to_opset(model: ir.Model, opset: int) -> ir.Model:
     """The model at `opset`, with the IR version that belongs to it; the model given is not modified.
 
@@ -37,7 +42,7 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
             moved.opset_imports[""] = opset
         elif current < opset:
             try:
-                moved = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
+                moved = _converted(model.clone(), opset)
             except (RuntimeError, ValueError, checker.ValidationError, shape_inference.InferenceError) as exc:
                 raise UnsupportedModelError(
                     f"opset {current} could not be converted to {opset} ({exc}); export the model at opset {opset}"
@@ -48,6 +53,15 @@ def to_opset(model: ir.Model, opset: int) -> ir.Model:
             moved = model.clone()
     moved.ir_version = IR_VERSIONS.get(moved.opset_imports[""], max(model.ir_version, 10))
     return moved
+
+
+def _converted(model: ir.Model, opset: int) -> ir.Model:
+    """By ONNX's converter; the model given loses its constants. Those too large for one message go around it."""
+    lazy = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+    aside = set_aside(model.graph) if sum(tensor.nbytes for tensor in lazy) > MAX_MESSAGE else {}
+    converted: ir.Model = ir.from_proto(version_converter.convert_version(ir.to_proto(model), opset))
+    take_back(converted, aside)
+    return converted
 
 
 def _spell_out(node: ir.Node, current: int, wanted: int) -> None:

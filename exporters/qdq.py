@@ -20,12 +20,14 @@ from efrapq.exporters.profile import Profile
 from efrapq.exporters.shapes import fix_shapes
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer, bias_array
+from efrapq.graph.outside import put_outside
 from efrapq.graph.placement import activation_after, pads_with_zero
 from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
+from efrapq.io.onnx_data import OnnxParts
 
-__all__ = ["INT4_OPSET", "INT8_OPSET", "build"]
+__all__ = ["INT4_OPSET", "INT8_OPSET", "build", "build_parts"]
 
 INT8_OPSET = 17
 INT4_OPSET = 21
@@ -36,6 +38,28 @@ SIGNED = 128
 
 def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
     """Write the QDQ graph of a quantized model for one target. The quantized model is not modified."""
+    return _finished(_built(quantized, profile), quantized, profile)
+
+
+def build_parts(quantized: QuantizedModel, profile: Profile, most: int) -> OnnxParts:
+    """The same with the large constants outside, where all constants together have more than `most` bytes."""
+    model = _built(quantized, profile)
+    outside = put_outside(model.graph) if sum(_bytes(v) for v in model.graph.initializers.values()) > most else {}
+    return OnnxParts(_finished(model, quantized, profile), outside)
+
+
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _finished(model: ir.Model, quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
+    proto = ir.to_proto(model)
+    # Sizes of the values between: every reader infers them, and in small networks they are a tenth of the file.
+    del proto.graph.value_info[:]
+    return fix_shapes(proto, quantized.metadata) if profile.fixed_shapes else proto
+
+
+def _built(quantized: QuantizedModel, profile: Profile) -> ir.Model:
     grids = {name: profile.grid(grid) for name, grid in quantized.activations.items()}
     int4 = {layer.name for layer in quantized.layers if _is_int4(layer, quantized, profile)}
     uint4 = profile.four_bit_activations == "uint4" and any(grid.bits == 4 for grid in grids.values())
@@ -52,8 +76,7 @@ def build(quantized: QuantizedModel, profile: Profile) -> onnx.ModelProto:
         model.metadata_props[SETTINGS_KEY] = _retarget(model.metadata_props[SETTINGS_KEY], profile.name)
     model.metadata_props["efrapq.target"] = profile.name
     model.metadata_props["efrapq.bits"] = json.dumps({n: w.bits for n, w in quantized.weights.items()})
-    proto = ir.to_proto(model)
-    return fix_shapes(proto, quantized.metadata) if profile.fixed_shapes else proto
+    return model
 
 
 def _is_int4(layer: Layer, quantized: QuantizedModel, profile: Profile) -> bool:
@@ -144,7 +167,7 @@ class _Writer:
         del self.graph.initializers[str(old.name)]
         four = layer.name in self.int4
         element = ml_dtypes.int4 if four else np.int8
-        codes = self._constant(f"{old.name}.codes", weight.codes.astype(element))
+        codes = self._constant(f"{old.name}.codes", weight.codes.astype(element, copy=False))
         if four and self.profile.int4_through_cast and not weight.block:
             codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8

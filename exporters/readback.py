@@ -7,6 +7,7 @@ holds, not what somebody remembers having written.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -18,10 +19,11 @@ from onnx_ir.passes import common
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph import constants as const
 from efrapq.graph.layers import WEIGHT_OPS, Layer, find_layers
+from efrapq.graph.outside import attach
 from efrapq.graph.prepare import name_nodes
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import ActivationGrid
-from efrapq.io.text import printable
+from efrapq.io import FileTensor, printable
 
 __all__ = ["read_quantized"]
 
@@ -29,9 +31,13 @@ __all__ = ["read_quantized"]
 CODE_TYPES = {ir.DataType.UINT8: (8, 0), ir.DataType.INT8: (8, -128), ir.DataType.UINT4: (4, 0)}
 
 
-def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
-    """Parse a QDQ graph. Raises UnsupportedModelError where the file quantizes in a way efrapq does not write."""
+def read_quantized(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = None) -> QuantizedModel:
+    """Parse a QDQ graph. outside: its initializers whose data are in files. Raises UnsupportedModelError where the
+    file quantizes in a way efrapq does not write.
+    """
     model = ir.from_proto(proto)
+    if outside:
+        attach(model, outside)
     graph = model.graph
     held: dict[str, QuantizedWeight] = {}
     activations: dict[str, ActivationGrid] = {}
@@ -48,7 +54,9 @@ def read_quantized(proto: onnx.ModelProto) -> QuantizedModel:
             _restore_constant(graph, node, _dequantize_bias(node, codes))
         else:
             weight = _weight(node, codes)
-            name = _restore_constant(graph, node, weight.dequantized())
+            # Only its place is needed: as reals, the weights of a large model would be four times as large again.
+            reals = const.lazily(weight.dequantized, ir.DataType.FLOAT, weight.codes.shape)
+            name = _restore_constant(graph, node, reals)
             held[name] = weight
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
@@ -182,7 +190,7 @@ def _dequantize_bias(node: ir.Node, codes: NDArray[np.generic]) -> NDArray[np.fl
     return codes.astype(np.float32) * scale
 
 
-def _restore_constant(graph: ir.Graph, node: ir.Node, data: np.ndarray) -> str:
+def _restore_constant(graph: ir.Graph, node: ir.Node, data: np.ndarray | ir.LazyTensor) -> str:
     """Replace a DequantizeLinear of a constant by the float constant, under the output's name."""
     output = node.outputs[0]
     name = str(output.name)

@@ -72,6 +72,6 @@ def _rows(codes: NDArray[np.int8], axis: int) -> list[NDArray[np.int8]]:
     """One row an output channel, with the input channels outermost and innermost: kernels differ in which it is."""
     first = np.moveaxis(codes, axis, 0)
     outermost = first.reshape(len(first), -1)
-    if first.ndim < 4:
+    if first.ndim < 3:
         return [outermost]
     return [outermost, np.moveaxis(first, 1, -1).reshape(len(first), -1)]

@@ -1,21 +1,22 @@
 """Calibration data for any model: one array per input, by the input's name.
 
-The first axis counts samples. An input without such an axis (a scalar, a state that carries the batch elsewhere) takes
-one array of its whole shape, which goes with every sample. The data are an `.npz` file or a folder of them, each with
-one sample or with several.
+The arrays have the model's own layout. The first axis counts samples, or the one on which an input carries the batch,
+as the state of a recurrent network does. An input without such an axis (a scalar, the state of a model whose batch is
+fixed) takes one array of its whole shape, which goes with every sample. The data are an `.npz` file or a folder of
+them, each with one sample or with several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.calibration.signature import ModelInput, fixed_batch, holds_samples, signature_words
+from efrapq.calibration.signature import ModelInput, fixed_batch, layout_words, sample_axes, signature_words
 from efrapq.data import MAX_ARRAY_BYTES, ArrayFile
 from efrapq.errors import DataError, LimitError, UnsupportedModelError
 from efrapq.io.text import listing, printable
@@ -30,29 +31,38 @@ LABELS = "labels"
 
 @dataclass(frozen=True)
 class Arrays:
-    """Checked arrays in the types that the model takes. by_sample: (n, …) each; whole: for all samples the same.
-    batch: how many samples the model takes at once, None for any number.
+    """Checked arrays in the types that the model takes. by_sample: those that count samples, on the axis that `axes`
+    has by name; whole: for all samples the same. batch: how many samples the model takes at once, None for any number.
     """
 
     name: str
     by_sample: Mapping[str, NDArray[Any]]
+    axes: Mapping[str, int]
     whole: Mapping[str, NDArray[Any]]
     batch: int | None
 
     def __len__(self) -> int:
         """How many samples there are. Without an input that counts them, there is one."""
-        return min((len(array) for array in self.by_sample.values()), default=1)
+        return self.count(self.by_sample)
+
+    def count(self, feeds: Mapping[str, NDArray[Any]]) -> int:
+        """How many samples one run takes; feeds: its arrays by input name."""
+        return min((int(feeds[name].shape[self.axes[name]]) for name in self.by_sample), default=1)
+
+    def take(self, positions: NDArray[np.int64]) -> Arrays:
+        """The samples at these positions, in this order."""
+        taken = {name: np.take(array, positions, self.axes[name]) for name, array in self.by_sample.items()}
+        return replace(self, by_sample=taken)
 
     def subset(self, count: int, seed: int) -> Arrays:
         """At most `count` samples, drawn without replacement and kept in their order."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        return Arrays(self.name, {k: a[chosen] for k, a in self.by_sample.items()}, self.whole, self.batch)
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
 
     def sample(self) -> dict[str, NDArray[Any]]:
         """The smallest input that the model takes: one sample, or one batch where that is fixed."""
-        return {name: array[: self.batch or 1] for name, array in self.by_sample.items()} | dict(self.whole)
+        return self._run(0, self.batch or 1)
 
     def chunks(self) -> list[dict[str, NDArray[Any]]]:
         """The samples in runs of the network. A fixed batch leaves out what does not fill the last one.
@@ -69,13 +79,18 @@ class Arrays:
                     f"{self.name}: holds {count} samples, fewer than the {size} that the model takes at once"
                 )
             count -= count % size
-        return [
-            {name: array[start : min(start + size, count)] for name, array in self.by_sample.items()} | dict(self.whole)
-            for start in range(0, count, size)
-        ]
+        return [self._run(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _run(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """What a run over these samples takes."""
+        cut = {
+            name: np.ascontiguousarray(array[(*(slice(None),) * self.axes[name], slice(start, stop))])
+            for name, array in self.by_sample.items()
+        }
+        return cut | dict(self.whole)
 
     def _chunk_size(self) -> int:
-        largest = int(max(array[0].size for array in self.by_sample.values()))
+        largest = max(int(array.size // array.shape[self.axes[name]]) for name, array in self.by_sample.items())
         return max(8, min(128, CHUNK_VALUES // largest))
 
 
@@ -101,25 +116,28 @@ def load_arrays(path: str | Path, inputs: Sequence[ModelInput]) -> Arrays:
 def arrays_for(arrays: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str = "calibration") -> Arrays:
     """Check arrays by input name against what the model takes. Raises DataError where they do not fit."""
     _require_names(arrays.keys(), inputs, name)
-    batch = fixed_batch(inputs)
+    found = sample_axes(inputs)
+    axes: dict[str, int] = {}
     by_sample: dict[str, NDArray[Any]] = {}
     whole: dict[str, NDArray[Any]] = {}
     for given in inputs:
         where = f"{name}: array '{printable(given.name)}'"
         array = _typed(np.asarray(arrays[given.name]), given, where)
-        if holds_samples(given, batch):
-            _require_samples(array, given, where)
-            by_sample[given.name] = array
-        else:
+        axis = found[given.name]
+        if axis is None:
             _require_whole(array, given, where)
             whole[given.name] = array
-    _require_same_count(by_sample, name)
-    _require_same_sizes(by_sample, inputs, name)
-    return Arrays(name, by_sample, whole, batch)
+        else:
+            _require_samples(array, given, axis, where)
+            by_sample[given.name], axes[given.name] = array, axis
+    checked = Arrays(name, by_sample, axes, whole, fixed_batch(inputs))
+    _require_same_count(checked)
+    _require_same_sizes(checked, inputs)
+    return checked
 
 
 def _advice(inputs: Sequence[ModelInput]) -> str:
-    return f"save one array per input with numpy.savez, first axis the samples: {signature_words(inputs)}"
+    return f"save one array per input with numpy.savez, {layout_words(inputs)}"
 
 
 def _read(path: Path, inputs: Sequence[ModelInput]) -> dict[str, NDArray[Any]]:
@@ -138,7 +156,7 @@ def _read_folder(path: Path, inputs: Sequence[ModelInput]) -> dict[str, NDArray[
         raise DataError(f"{name}: cannot be listed ({printable(exc.strerror)}); check the permissions") from exc
     if not files:
         raise DataError(f"{name}: no .npz files in it; {_advice(inputs)}")
-    batch = fixed_batch(inputs)
+    axes = sample_axes(inputs)
     parts: dict[str, list[NDArray[Any]]] = {given.name: [] for given in inputs}
     total = 0
     for file in files:
@@ -149,8 +167,9 @@ def _read_folder(path: Path, inputs: Sequence[ModelInput]) -> dict[str, NDArray[
         for given in inputs:
             held, array = parts[given.name], arrays[given.name]
             where = f"{printable(file)}: array '{printable(given.name)}'"
-            if holds_samples(given, batch):
-                held.append(_joinable(array, given, held, where))
+            axis = axes[given.name]
+            if axis is not None:
+                held.append(_joinable(array, given, axis, held, where))
             elif not held:
                 held.append(array)
             elif not np.array_equal(held[0], array):
@@ -158,19 +177,27 @@ def _read_folder(path: Path, inputs: Sequence[ModelInput]) -> dict[str, NDArray[
                     f"{where} differs from the files before: this input of the model has no axis for samples, so it "
                     "must be the same in all files"
                 )
-    return {key: np.concatenate(held) if len(held) > 1 else held[0] for key, held in parts.items()}
+    # What has no samples is held once.
+    return {key: np.concatenate(held, axes[key] or 0) if len(held) > 1 else held[0] for key, held in parts.items()}
 
 
-def _joinable(array: NDArray[Any], given: ModelInput, held: Sequence[NDArray[Any]], where: str) -> NDArray[Any]:
+def _joinable(
+    array: NDArray[Any], given: ModelInput, axis: int, held: Sequence[NDArray[Any]], where: str
+) -> NDArray[Any]:
     """The array with its axis of samples, which a file with one sample may leave out, ready to follow those held."""
     if given.dims is not None and array.ndim == len(given.dims) - 1:
-        array = array[None]
-    if array.ndim == 0 or (held and array.shape[1:] != held[0].shape[1:]):
+        array = np.expand_dims(array, axis)
+    if array.ndim <= axis or (held and _one(array, axis) != _one(held[0], axis)):
         before = f" and {held[0].shape} in the files before" if held else ""
         raise DataError(f"{where} is {array.shape}{before}; bring all samples to one size, e.g. by padding")
     if held and array.dtype != held[0].dtype:
         raise DataError(f"{where} is {array.dtype} and {held[0].dtype} in the files before")
     return array
+
+
+def _one(array: NDArray[Any], axis: int) -> tuple[int, ...]:
+    """The shape of one sample."""
+    return (*array.shape[:axis], *array.shape[axis + 1 :])
 
 
 def _require_names(held: Any, inputs: Sequence[ModelInput], name: str) -> None:
@@ -210,24 +237,25 @@ def _typed(array: NDArray[Any], given: ModelInput, where: str) -> NDArray[Any]:
     return typed
 
 
-def _require_samples(array: NDArray[Any], given: ModelInput, where: str) -> None:
-    takes = f"the model takes {given.dims_words()}, first axis the samples"
+def _require_samples(array: NDArray[Any], given: ModelInput, axis: int, where: str) -> None:
+    counted = f"axis {axis}" if axis else "first axis"
+    takes = f"the model takes {given.dims_words()}, {counted} the samples"
     if array.ndim == 0 or (given.dims is not None and array.ndim != len(given.dims)):
         raise DataError(f"{where} is {array.shape}; {takes}")
     if array.size == 0:
         raise DataError(f"{where} is empty: its shape is {array.shape}")
-    wanted = given.dims[1:] if given.dims is not None else ()
-    for axis, (size, want) in enumerate(zip(array.shape[1:], wanted, strict=False), 1):
-        if isinstance(want, int) and size != want:
-            raise DataError(f"{where} is {array.shape}: axis {axis} has {size}, not {want}; {takes}")
+    for position, (size, want) in enumerate(zip(array.shape, given.dims or (), strict=False)):
+        if position != axis and isinstance(want, int) and size != want:
+            raise DataError(f"{where} is {array.shape}: axis {position} has {size}, not {want}; {takes}")
 
 
 def _require_whole(array: NDArray[Any], given: ModelInput, where: str) -> None:
     dims = given.dims or ()
     if not all(isinstance(d, int) for d in dims):
         raise UnsupportedModelError(
-            f"{where}: the model's input {given.dims_words()} has a size that varies on another axis than the first, "
-            "where samples are counted; export the model with that size fixed"
+            f"{where}: it is not certain which axis of the model's input {given.dims_words()} counts samples: the "
+            "first size is fixed, and the names of the others do not say; export the model with the batch on the first "
+            "axis, or with all sizes of this input fixed"
         )
     if array.shape != dims:
         raise DataError(
@@ -236,25 +264,25 @@ def _require_whole(array: NDArray[Any], given: ModelInput, where: str) -> None:
         )
 
 
-def _require_same_count(by_sample: Mapping[str, NDArray[Any]], name: str) -> None:
-    counts = {key: len(array) for key, array in by_sample.items()}
+def _require_same_count(arrays: Arrays) -> None:
+    counts = {key: array.shape[arrays.axes[key]] for key, array in arrays.by_sample.items()}
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"'{printable(key)}' {count}" for key, count in counts.items())
-        raise DataError(f"{name}: the arrays hold different numbers of samples: {shown}")
+        raise DataError(f"{arrays.name}: the arrays hold different numbers of samples: {shown}")
 
 
-def _require_same_sizes(by_sample: Mapping[str, NDArray[Any]], inputs: Sequence[ModelInput], name: str) -> None:
+def _require_same_sizes(arrays: Arrays, inputs: Sequence[ModelInput]) -> None:
     """A dimension that several inputs call by one name has one size."""
     seen: dict[str, tuple[str, int]] = {}
     for given in inputs:
-        if given.name not in by_sample or given.dims is None:
+        if given.name not in arrays.by_sample or given.dims is None:
             continue
-        for size, dim in zip(by_sample[given.name].shape[1:], given.dims[1:], strict=True):
-            if not isinstance(dim, str):
+        for axis, (size, dim) in enumerate(zip(arrays.by_sample[given.name].shape, given.dims, strict=True)):
+            if not isinstance(dim, str) or axis == arrays.axes[given.name]:
                 continue
             other, expected = seen.setdefault(dim, (given.name, size))
             if size != expected:
                 raise DataError(
-                    f"{name}: dimension '{printable(dim)}' is {expected} in array '{printable(other)}' but {size} in "
-                    f"'{printable(given.name)}'"
+                    f"{arrays.name}: dimension '{printable(dim)}' is {expected} in array '{printable(other)}' but "
+                    f"{size} in '{printable(given.name)}'"
                 )

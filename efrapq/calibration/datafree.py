@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efrapq.data import Layout
 from efrapq.device import exact_convolutions
 from efrapq.errors import DataError
 from efrapq.graph import constants as const
@@ -22,6 +23,9 @@ from efrapq.graph.executor import Executor
 from efrapq.progress import Reporter
 
 __all__ = ["DataFree", "synthesize"]
+
+# The axes of (N, C, H, W) in the order of a layout.
+ORDERS: dict[Layout, tuple[int, ...]] = {"NCHW": (0, 1, 2, 3), "NHWC": (0, 2, 3, 1)}
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,16 @@ class _Statistics:
 
 
 def synthesize(
-    model: ir.Model, input_shape: tuple[int, int, int], settings: DataFree, device: str, reporter: Reporter
+    model: ir.Model,
+    image: tuple[int, int, int],
+    settings: DataFree,
+    device: str,
+    reporter: Reporter,
+    layout: Layout = "NCHW",
 ) -> Tensor:
-    """Make calibration inputs, (images, C, H, W) float32 on the CPU.
+    """Make calibration inputs, float32 on the CPU, images in the model's layout.
 
-    model: the simplified graph with BatchNorm still in it. Raises DataError if it has none.
+    model: the simplified graph with BatchNorm still in it. image: (C, H, W). Raises DataError if there is no BatchNorm.
     """
     executor = Executor(model, device=device)
     targets = _statistics(model.graph, torch.device(device))
@@ -58,28 +67,32 @@ def synthesize(
     if executor.fallback_nodes:
         raise DataError("the model has operators without a gradient, so no inputs can be made from it: pass --calib")
     with exact_convolutions():
-        return _descend(executor, str(model.graph.inputs[0].name), targets, input_shape, settings, device, reporter)
+        name = str(model.graph.inputs[0].name)
+        made = _descend(executor, name, targets, image, settings, device, reporter, ORDERS[layout])
+    return made.permute(ORDERS[layout]).contiguous()
 
 
 def _descend(
     executor: Executor,
     name: str,
     targets: list[_Statistics],
-    input_shape: tuple[int, int, int],
+    image: tuple[int, int, int],
     settings: DataFree,
     device: str,
     reporter: Reporter,
+    order: tuple[int, ...],
 ) -> Tensor:
+    """(images, C, H, W). order: of these axes as the model takes them."""
     generator = torch.Generator().manual_seed(settings.seed)
     batches = -(-settings.images // settings.batch)
     made: list[Tensor] = []
     with reporter.task("making calibration inputs from BatchNorm statistics", batches * settings.steps) as task:
         for _ in range(batches):
-            x = _smooth_noise((settings.batch, *input_shape), generator).to(device).requires_grad_(True)
+            x = _smooth_noise((settings.batch, *image), generator).to(device).requires_grad_(True)
             optimizer = torch.optim.Adam([x], settings.learning_rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
             for _ in range(settings.steps):
-                loss = _distance(executor.run({name: x}, [t.value for t in targets]), targets)
+                loss = _distance(executor.run({name: x.permute(order)}, [t.value for t in targets]), targets)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from efrapq.calibration.arrays import Arrays, arrays_for, load_arrays
-from efrapq.calibration.signature import ModelInput, model_inputs, signature_words, takes_images
-from efrapq.data import Dataset, Preprocess
+from efrapq.calibration.signature import ModelInput, layout_words, model_inputs, takes_images
+from efrapq.data import Dataset, Preprocess, layout_of
 from efrapq.errors import DataError, UnsupportedModelError
 from efrapq.io.text import printable
 from efrapq.loading import FloatModel, open_for
@@ -61,21 +61,18 @@ def _arrays(calib: str | Path | Dataset | Mapping[str, Any] | None, inputs: Sequ
                 "export the model in float32"
             )
         reason = "images do not fit this model" if calib is not None else "calibration inputs cannot be made for it"
-        raise DataError(
-            f"{model}: {reason}; pass --calib data.npz with one array per input, first axis the samples: "
-            f"{signature_words(inputs)}"
-        )
+        raise DataError(f"{model}: {reason}; pass --calib data.npz with one array per input, {layout_words(inputs)}")
     return arrays_for(calib, inputs) if isinstance(calib, Mapping) else load_arrays(calib, inputs)
 
 
 def input_shape(model: ir.Model, name: str) -> tuple[int | None, ...]:
-    """(N, C, H, W) of a model of images, None where dynamic."""
+    """The dimensions of the input of a model of images in its own layout, None where dynamic."""
     inputs = model.graph.inputs
     if len(inputs) != 1:
         raise UnsupportedModelError(f"{name}: has {len(inputs)} inputs; models with one image input are supported")
     shape = inputs[0].shape
     if shape is None or len(shape) != 4:
-        raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
+        raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W) or (N, H, W, C)")
     return tuple(d if isinstance(d, int) else None for d in shape)
 
 
@@ -83,8 +80,15 @@ def _chunk_size(shape: tuple[int | None, ...]) -> int:
     """Images a chunk: 128 at 32×32, fewer as they grow; a model with a fixed batch gets exactly that."""
     if shape[0] is not None:
         return shape[0]
-    height, width = shape[2] or 224, shape[3] or 224
+    _, height, width = _image_sizes(shape)
+    height, width = height or 224, width or 224
     return max(8, min(128, 128 * 32 * 32 // (height * width)))
+
+
+def _image_sizes(shape: tuple[int | None, ...]) -> tuple[int | None, int | None, int | None]:
+    """(C, H, W) from the input's dimensions."""
+    last_three = shape[1], shape[2], shape[3]
+    return last_three if layout_of(shape) == "NCHW" else (shape[3], shape[1], shape[2])
 
 
 def real_inputs(
@@ -95,7 +99,7 @@ def real_inputs(
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     import torch
 
-    preprocess = preprocess or Preprocess()
+    preprocess = (preprocess or Preprocess()).in_layout(layout_of(shape))
     chunks = []
     size = _chunk_size(shape)
     for indices in dataset.batches(size):
@@ -122,14 +126,12 @@ def array_inputs(arrays: Arrays) -> tuple[list[Feeds], dict[str, Any]]:
     chunks = []
     for chunk in arrays.chunks():
         tensors = {name: torch.from_numpy(array) for name, array in chunk.items()}
-        chunks.append(Feeds(tensors, max((len(chunk[name]) for name in arrays.by_sample), default=1)))
-    shapes = {name: [arrays.batch or 1, *array.shape[1:]] for name, array in arrays.by_sample.items()}
-    shapes |= {name: list(array.shape) for name, array in arrays.whole.items()}
+        chunks.append(Feeds(tensors, arrays.count(chunk)))
     record = {
         "kind": "arrays",
         "source": Path(arrays.name).name,
         "samples": sum(chunk.samples for chunk in chunks),
-        "inputs": shapes,
+        "inputs": {name: list(array.shape) for name, array in arrays.sample().items()},
     }
     return chunks, record
 
@@ -147,7 +149,7 @@ def synthetic_inputs(
     from efrapq.calibration.datafree import DataFree, synthesize
     from efrapq.graph.prepare import simplify
 
-    channels, height, width = shape[1:]
+    channels, height, width = _image_sizes(shape)
     if channels is None or height is None or width is None:
         raise DataError(f"{source.name}: its input size is dynamic, so calibration inputs cannot be made: pass --calib")
     reporter.warn(
@@ -155,7 +157,8 @@ def synthetic_inputs(
     )
     batch = shape[0] or DataFree.batch
     settings = DataFree(images=max(min(calib_size, DataFree.images), batch), batch=batch, seed=seed)
-    made = synthesize(simplify(source.proto), (channels, height, width), settings, device, reporter)
+    image = (channels, height, width)
+    made = synthesize(simplify(source.proto, source.outside), image, settings, device, reporter, layout_of(shape))
     chunks = list(torch.split(made, _chunk_size(shape)))
     if shape[0] is not None and len(chunks) > 1 and len(chunks[-1]) != shape[0]:
         chunks.pop()

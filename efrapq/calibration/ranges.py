@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,19 @@ PERCENTILE = 0.9999
 CANDIDATES = 80
 
 
-def calibrate(chunks: Sequence[Tensor], bits: int, method: str, name: str = "activation") -> ActivationGrid:
+def calibrate(
+    chunks: Sequence[Tensor],
+    bits: int,
+    method: str,
+    name: str = "activation",
+    live: Callable[[float, float], tuple[float, float]] | None = None,
+) -> ActivationGrid:
     """The grid of one activation from its float values, given in chunks of any shape.
 
     minmax: all values fit. percentile: 99.99 % on either side. mse: the shrunken min-max range with the least squared
-    rounding error over a histogram of 4096 bins. Raises UnsupportedModelError if a value is NaN or infinite.
+    rounding error over a histogram of 4096 bins. live: lowest and highest value → the part of that range in which
+    differences matter (see `efrapq.calibration.live_range`); values outside count as its ends. Raises
+    UnsupportedModelError if a value is NaN or infinite.
     """
     extremes = torch.stack([torch.stack(c.aminmax()) for c in chunks]).double()  # NaN comes through both
     low, high = float(extremes[:, 0].min()), float(extremes[:, 1].max())
@@ -30,12 +38,14 @@ def calibrate(chunks: Sequence[Tensor], bits: int, method: str, name: str = "act
         raise UnsupportedModelError(
             f"activation {name} becomes NaN or infinite on the calibration data; check --mean, --std and the model"
         )
+    if live is not None and low < high:
+        low, high = live(low, high)
     low, high = min(low, 0.0), max(high, 0.0)
     if method == "minmax" or low == high:
         return activation_grid(low, high, bits)
     counts = torch.zeros(BINS, dtype=torch.float64)
     for c in chunks:
-        counts += torch.histc(c.float(), BINS, low, high).double().cpu()
+        counts += torch.histc(c.float().clamp(low, high), BINS, low, high).double().cpu()
     if method == "percentile":
         return activation_grid(*_percentile_range(counts, low, high), bits)
     return _least_error(counts, low, high, bits)

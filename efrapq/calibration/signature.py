@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from efrapq.data import Layout, layout_of
 from efrapq.errors import UnsupportedModelError
 from efrapq.io.text import printable
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ModelInput", "fixed_batch", "holds_samples", "model_inputs", "signature_words", "takes_images"]
+__all__ = [
+    "ModelInput",
+    "fixed_batch",
+    "image_layout",
+    "layout_words",
+    "model_inputs",
+    "sample_axes",
+    "signature_words",
+    "takes_images",
+]
 
 # ONNX element types that inputs may have (TensorProto.DataType), as NumPy knows them.
 ELEMENT_TYPES: dict[int, np.dtype[np.generic]] = {
@@ -82,8 +92,13 @@ def model_inputs(proto: onnx.ModelProto, name: str) -> list[ModelInput]:
 
 
 def takes_images(inputs: Sequence[ModelInput]) -> bool:
-    """Whether the model takes one float batch (N, C, H, W) and nothing else."""
+    """Whether the model takes one float batch (N, C, H, W) or (N, H, W, C) and nothing else."""
     return len(inputs) == 1 and inputs[0].dtype == np.float32 and len(inputs[0].dims or ()) == 4
+
+
+def image_layout(inputs: Sequence[ModelInput]) -> Layout:
+    """The layout of a model's images: see `efrapq.data.layout_of`. inputs: of a model that takes images."""
+    return layout_of(inputs[0].dims or ())
 
 
 def fixed_batch(inputs: Sequence[ModelInput]) -> int | None:
@@ -98,18 +113,46 @@ def fixed_batch(inputs: Sequence[ModelInput]) -> int | None:
     return counted.most_common(1)[0][0]
 
 
-def holds_samples(given: ModelInput, batch: int | None) -> bool:
-    """Whether the first axis of an input counts samples. batch: the model's `fixed_batch`.
+def sample_axes(inputs: Sequence[ModelInput]) -> dict[str, int | None]:
+    """Input name → the axis that counts samples, None where there is none.
 
-    Other inputs are the same for all samples: a scalar such as a sampling rate, a state whose first axis is another.
+    It is the first axis. Inputs in which that has another size are the same for all samples (a scalar such as a
+    sampling rate, the state of a model with a fixed batch), unless the batch is dynamic and they carry it further
+    behind, as the state of a recurrent network: see `_inner_axis`.
     """
-    if given.dims is None:
-        return True
-    if not given.dims:
-        return False
-    return given.dims[0] == batch if batch is not None else not isinstance(given.dims[0], int)
+    batch = fixed_batch(inputs)
+    if batch is not None:
+        return {given.name: 0 if given.dims and given.dims[0] == batch else None for given in inputs}
+    first = [given for given in inputs if given.dims is None or (given.dims and not isinstance(given.dims[0], int))]
+    return {given.name: 0 if given in first else _inner_axis(given, first) for given in inputs}
+
+
+def _inner_axis(given: ModelInput, first: Sequence[ModelInput]) -> int | None:
+    """The axis behind the first on which an input carries the dynamic batch; None where that is not certain.
+
+    first: the inputs with the batch in front. The axis is the one with a name of theirs, or else the only dynamic one,
+    unless it has a name and that says otherwise.
+    """
+    dims = given.dims or ()
+    dynamic = [axis for axis, dim in enumerate(dims) if not isinstance(dim, int)]
+    batch = {other.dims[0] for other in first if other.dims} - {None}
+    named = [axis for axis in dynamic if dims[axis] in batch]
+    if len(named) == 1:
+        return named[0]
+    if len(dynamic) != 1:
+        return None
+    name = dims[dynamic[0]]
+    elsewhere = {dim for other in first if other.dims for dim in other.dims[1:]}
+    return dynamic[0] if name is None or (not batch and name not in elsewhere) else None
 
 
 def signature_words(inputs: Sequence[ModelInput]) -> str:
     """All inputs, as messages show them."""
     return ", ".join(given.words() for given in inputs[:10]) + (", …" if len(inputs) > 10 else "")
+
+
+def layout_words(inputs: Sequence[ModelInput]) -> str:
+    """All inputs and where their samples are counted, behind "one array per input, "."""
+    inner = [f"of '{printable(name)}' axis {axis}" for name, axis in sample_axes(inputs).items() if axis]
+    but = f" ({', '.join(inner[:10])})" if inner else ""
+    return f"first axis the samples{but}: {signature_words(inputs)}"

@@ -7,8 +7,9 @@ The executor does not touch autograd: wrap calls in `torch.no_grad()` where no g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import onnx_ir as ir
 import torch
@@ -29,15 +30,49 @@ class _Plan:
     steps: tuple[tuple[ir.Node, tuple[str, ...]], ...]
 
 
+class _Constants(Mapping[str, Tensor]):
+    """Tensors by name. What the graph reads when it is asked for (`ir.LazyTensor`) is made here at that time, and
+    kept until another such is asked for: the chunks of one node need it one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self._made: dict[str, Callable[[], Tensor]] = {}
+        self._latest: tuple[str, Tensor] | None = None
+
+    def add(self, name: str, tensor: Tensor | Callable[[], Tensor]) -> None:
+        if isinstance(tensor, Tensor):
+            self._held[name] = tensor
+        else:
+            self._made[name] = tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._held:
+            return self._held[name]
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None  # before the next is made: only one is in memory
+            self._latest = name, self._made[name]()
+        return self._latest[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held or name in self._made
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self._held, self._made)
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._made)
+
+
 class Executor:
     """A graph ready to run. It reads the model as it is at construction: make a new one after changing it.
 
     constants: initializers and outputs of Constant nodes by value name; int64 tensors and bool scalars on the CPU,
-    all others on the device. fallback_nodes: the names of the nodes that run through ONNX Runtime, without
-    gradient.
+    all others on the device; what the graph reads when it is asked for is read so here.
+    fallback_nodes: the names of the nodes that run through ONNX Runtime, without gradient.
     """
 
-    constants: dict[str, Tensor]
+    constants: Mapping[str, Tensor]
     fallback_nodes: tuple[str, ...]
 
     def __init__(self, model: ir.Model, *, device: torch.device | str = "cpu") -> None:
@@ -50,7 +85,7 @@ class Executor:
         self._inputs = {value.name for value in model.graph.inputs}
         self._producers = {value.name: node for node in model.graph for value in node.outputs if value.name}
         self._element_types: dict[str, ir.DataType] = {}
-        self.constants = {}
+        self._constants = self.constants = _Constants()
         for name, value in model.graph.initializers.items():
             if value.const_value is None:
                 raise UnsupportedModelError(f"initializer {name!r} has no data")
@@ -82,15 +117,19 @@ class Executor:
             raise ValueError(f"not values of the graph: {', '.join(unknown)}")
         if outputs is None:
             outputs = [value.name for value in self._graph.outputs if value.name]
-        values = self.constants | {name: self._place(t) for name, t in (replaced | dict(feeds)).items()}
+        values = {name: self._place(t) for name, t in (replaced | dict(feeds)).items()}
+
+        def value_of(name: str) -> Tensor:
+            return values[name] if name in values else self.constants[name]
+
         for node, finished in self._plan(frozenset(feeds), tuple(outputs)).steps:
-            results = self.run_node(node, [None if v is None else values[v.name or ""] for v in reads(node)])
+            results = self.run_node(node, [None if v is None else value_of(v.name or "") for v in reads(node)])
             for value, result in zip(node.outputs, results, strict=False):
                 if value.name and value.name not in feeds:
                     values[value.name] = result
             for name in finished:
                 values.pop(name, None)
-        return {name: values[name] for name in outputs}
+        return {name: value_of(name) for name in outputs}
 
     def run_node(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The outputs of one node, of this graph or with its opsets. inputs: a value for each of `reads(node)`, which
@@ -164,15 +203,18 @@ class Executor:
         return _Plan(tuple(reversed(steps)))
 
     def _add_constant(self, name: str, constant: ir.TensorProtocol) -> None:
-        try:
-            self.constants[name] = self._place(as_tensor(constant))
-        except ValueError as exc:
-            raise UnsupportedModelError(f"initializer {name!r}: {exc}") from exc
+        def make() -> Tensor:
+            try:
+                return self._place(as_tensor(constant))
+            except ValueError as exc:
+                raise UnsupportedModelError(f"initializer {name!r}: {exc}") from exc
+
+        self._constants.add(name, make if isinstance(constant, ir.LazyTensor) else make())
         self._element_types[name] = constant.dtype
 
     def _add_constant_node(self, node: ir.Node) -> None:
         name = node.outputs[0].name or ""
-        self.constants[name] = self._place(self.run_node(node, ())[0])
+        self._constants.add(name, self._place(self.run_node(node, ())[0]))
         if "value" in node.attributes:
             self._element_types[name] = node.attributes["value"].as_tensor().dtype
 

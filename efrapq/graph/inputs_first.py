@@ -19,7 +19,10 @@ def inputs_first(graph: ir.Graph, layer: Layer) -> bool:
     """
     if layer.op_type != "Gemm" or layer.channel_axis != 0:
         return False
-    weight = const.array(graph.initializers[layer.weight])
-    const.replace_input(graph, layer.node, 1, layer.weight, np.ascontiguousarray(weight.T))
+    weight = graph.initializers[layer.weight].const_value
+    assert weight is not None
+    outputs, inputs = const.sizes(weight)
+    turned = const.changed(weight, np.transpose, (inputs, outputs))
+    const.replace_input(graph, layer.node, 1, layer.weight, turned)
     layer.node.attributes.pop("transB")
     return True

@@ -149,8 +149,8 @@ def _layer(node: ir.Node) -> Layer | Skipped:
     if node.op_type in ("Conv", "ConvTranspose"):
         groups = node.attributes.get_int("group", 1)
         axis = 0 if node.op_type == "Conv" else 1
-        if weight.ndim != 4:
-            return no(f"only two-dimensional convolutions are quantized, this one has {weight.ndim - 2} spatial axes")
+        if weight.ndim not in (3, 4, 5):
+            return no(f"convolutions over one to three axes are quantized, this one has {weight.ndim - 2}")
         if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             return no("its padding depends on the input's size (auto_pad)")
         if node.op_type == "ConvTranspose" and "output_shape" in node.attributes:

@@ -8,6 +8,8 @@ file and its float reference can be matched layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +19,16 @@ from onnx_ir.passes import common
 from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph import constants as const
 from efrapq.graph.dialect import all_graphs, plain_dialect
+from efrapq.graph.identity import drop_identities
 from efrapq.graph.older_opset import at_least
+from efrapq.graph.outside import attach, fold_moves
 from efrapq.graph.padding import explicit_padding
-from efrapq.io.text import printable
+from efrapq.io import data_as_inputs, printable
 
 if TYPE_CHECKING:
     import onnx
+
+    from efrapq.io import FileTensor
 
 __all__ = ["LOWEST_OPSET", "name_nodes", "prepare", "simplify"]
 
@@ -36,27 +42,32 @@ RANDOM_OPS = frozenset(
 )
 
 
-def simplify(proto: onnx.ModelProto) -> ir.Model:
+def simplify(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = None) -> ir.Model:
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
-    plain = plain_dialect(proto)
+    plain = plain_dialect(data_as_inputs(proto))
     _refuse_endless(plain)
     model: ir.Model = ir.from_proto(_simplify(at_least(plain, LOWEST_OPSET)))
+    if outside:
+        attach(model, outside, [tensor.name for tensor in proto.graph.initializer])
     _forget_invented_sizes(model.graph, proto)
     # The user's entries only: onnxsim adds a record of what it did.
     model.metadata_props.clear()
     model.metadata_props.update({p.key: p.value for p in proto.metadata_props})
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.IdentityEliminationPass()(model)
+    drop_identities(model.graph)
     model.graph.sort()
+    fold_moves(model.graph)
     name_nodes(model.graph)
     for node in list(model.graph):
         _drop_dropout(node)
     return model
 
 
-def prepare(proto: onnx.ModelProto) -> ir.Model:
-    """Normalize a float model. The proto is not modified. Raises UnsupportedModelError, naming the step."""
-    model = simplify(proto)
+def prepare(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = None) -> ir.Model:
+    """Normalize a float model. outside: its initializers whose data are in files; in the result they are read when
+    they are asked for, one at a time. The proto is not modified. Raises UnsupportedModelError, naming the step.
+    """
+    model = simplify(proto, outside)
     graph = model.graph
     _refuse_random(graph)
     _separate_shared_weights(graph)
@@ -82,7 +93,12 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
             # onnxsim refuses outputs without a shape, which ONNX Runtime runs.
             proto = shape_inference.infer_shapes(proto)
         # fuse_qkv would join the weights of several layers: their names and grids are what a user asks about.
-        simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=["fuse_qkv"])
+        try:
+            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=["fuse_qkv"])
+        except RuntimeError:
+            # Taking an If apart, it may put nodes ahead of what they read; then the If stays.
+            skipped = ["fuse_qkv", "eliminate_if_with_const_cond"]
+            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=skipped)
     except Exception as exc:
         raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
     if not ok:
@@ -173,9 +189,10 @@ def _separate_shared_weights(graph: ir.Graph) -> None:
         if not any(use.node.op_type in LINEAR_OPS | {"MatMul"} for use in uses):
             continue
         for copy_number, use in enumerate(uses if value.is_graph_output() else uses[1:], 1):
-            array = const.array(value)
+            assert value.const_value is not None
+            copy = const.changed(value.const_value, lambda array: array, const.sizes(value.const_value))
             name = const.fresh_name(graph, f"{value.name}_{copy_number}")
-            use.node.replace_input_with(use.idx, const.initializer(graph, name, array))
+            use.node.replace_input_with(use.idx, const.initializer(graph, name, copy))
 
 
 def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
@@ -195,22 +212,24 @@ def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
         return
     parameters = [const.array_or_none(v) for v in node.inputs[1:5]]
     weight_value = layer.inputs[1]
-    weight = const.array_or_none(weight_value)
+    weight = const.constant_or_none(weight_value)
     old_bias = layer.inputs[2] if len(layer.inputs) > 2 else None
     bias = const.array_or_none(old_bias) if old_bias is not None else None
     if weight is None or any(p is None for p in parameters) or (old_bias is not None and bias is None):
         return
-    if weight.dtype != np.float32:
+    if weight.dtype != ir.DataType.FLOAT:
         return  # it stays as it is, and so must its type
     gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
     factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
-    spread = _spread_over_weight(layer, weight, factor)
+    shape = const.sizes(weight)
+    spread = _spread_over_weight(layer, shape, factor)
     if spread is None:
         return
     shift = (0.0 if bias is None else bias.astype(np.float64)) - mean
     assert weight_value is not None
     assert weight_value.name is not None
-    const.replace_input(graph, layer, 1, weight_value.name, (weight.astype(np.float64) * spread).astype(np.float32))
+    folded = const.changed(weight, lambda array: (array.astype(np.float64) * spread).astype(np.float32), shape)
+    const.replace_input(graph, layer, 1, weight_value.name, folded)
     bias_name = old_bias.name if old_bias is not None and old_bias.name else f"{weight_value.name}_bias"
     const.replace_input(graph, layer, 2, bias_name, (shift * factor + beta).astype(np.float32))
     output = layer.outputs[0]
@@ -222,19 +241,19 @@ def _fold_batchnorm(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _spread_over_weight(layer: ir.Node, weight: np.ndarray, factor: np.ndarray) -> np.ndarray | None:
+def _spread_over_weight(layer: ir.Node, shape: tuple[int, ...], factor: np.ndarray) -> np.ndarray | None:
     """The per-channel factor in the weight's layout; None if it does not fit."""
     if layer.op_type == "Conv":
-        return factor.reshape(-1, *[1] * (weight.ndim - 1)) if len(factor) == weight.shape[0] else None
+        return factor.reshape(-1, *[1] * (len(shape) - 1)) if len(factor) == shape[0] else None
     if layer.op_type == "Gemm":
         plain = layer.attributes.get_float("alpha", 1.0) == 1.0 and layer.attributes.get_float("beta", 1.0) == 1.0
         if not plain:
             return None
         return factor[:, None] if layer.attributes.get_int("transB", 0) else factor[None, :]
     groups = layer.attributes.get_int("group", 1)
-    per_group = factor.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-    repeated = np.repeat(per_group, weight.shape[0] // groups, axis=1)
-    return repeated.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
+    per_group = factor.reshape(groups, 1, -1, *[1] * (len(shape) - 2))
+    repeated = np.repeat(per_group, shape[0] // groups, axis=1)
+    return repeated.reshape(shape[0], -1, *[1] * (len(shape) - 2))
 
 
 def _join_bias(graph: ir.Graph, node: ir.Node) -> None:
@@ -242,31 +261,68 @@ def _join_bias(graph: ir.Graph, node: ir.Node) -> None:
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return
     product, added = node.inputs
-    if const.array_or_none(product) is not None:
+    if const.constant_or_none(product) is not None:
         product, added = added, product
-    bias = const.array_or_none(added)
+    bias = const.constant_or_none(added)
     matmul = product.producer() if product is not None else None
     if product is None or added is None or bias is None or matmul is None or matmul.op_type != "MatMul":
         return
-    weight, source = const.array_or_none(matmul.inputs[1]), matmul.inputs[0]
+    weight, source = const.constant_or_none(matmul.inputs[1]), matmul.inputs[0]
     if (
         weight is None
-        or weight.ndim != 2
-        or weight.dtype != np.float32
-        or bias.shape not in ((weight.shape[1],), (1, weight.shape[1]))
+        or len(weight.shape) != 2
+        or weight.dtype != ir.DataType.FLOAT
+        or const.sizes(bias) not in ((weight.shape[1],), (1, weight.shape[1]))
         or source is None
         or source.shape is None
-        or len(source.shape) != 2
         or product.is_graph_output()
         or len(list(product.uses())) != 1
     ):
         return
     gemm = ir.node("Gemm", [source, matmul.inputs[1], added], name=matmul.name)
     output = node.outputs[0]
-    gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
-    graph.insert_after(node, gemm)
-    _take_over(output, gemm.outputs[0])
+    if len(source.shape) != 2:
+        if not isinstance(weight, ir.LazyTensor) or not _over_rows(graph, gemm, source, node):
+            return
+    else:
+        gemm.outputs[0].type, gemm.outputs[0].shape = output.type, output.shape
+        graph.insert_after(node, gemm)
+        _take_over(output, gemm.outputs[0])
     graph.remove([node, matmul], safe=True)
+
+
+def _over_rows(graph: ir.Graph, gemm: ir.Node, source: ir.Value, node: ir.Node) -> bool:
+    """Put a Gemm over the rows of a tensor of more axes in the place of `node`; whether its sizes allow it.
+
+    onnxsim does this itself where it sees that the weight is constant; one that lies in a file it does not see.
+    """
+    bias, dims = gemm.inputs[2], list(source.shape or ())
+    sizes = [d if isinstance(d, int) else -1 for d in dims]
+    if bias is None or len(bias.shape or ()) != 1 or len(sizes) < 3 or sizes.count(-1) > 1 or sizes[-1] < 1:
+        return False
+    if 0 in sizes:
+        return False
+    output, (inputs, outputs) = node.outputs[0], (sizes[-1], int(const.array(bias).shape[0]))
+
+    def reshape(value: ir.Value, shape: list[int], word: str) -> ir.Node:
+        name = const.fresh_name(graph, f"{output.name}_{word}_shape")
+        return ir.node(
+            "Reshape",
+            [value, const.initializer(graph, name, np.array(shape, np.int64))],
+            name=f"{gemm.name}_{word}",
+        )
+
+    rows = reshape(source, [-1, inputs], "rows")
+    gemm.replace_input_with(0, rows.outputs[0])
+    back = reshape(gemm.outputs[0], [*sizes[:-1], outputs], "back")
+    rows.outputs[0].name = const.fresh_name(graph, f"{output.name}_rows")
+    gemm.outputs[0].name = const.fresh_name(graph, f"{output.name}_flat")
+    for made, width in ((rows.outputs[0], inputs), (gemm.outputs[0], outputs)):
+        made.type, made.shape = source.type, ir.Shape([None, width])
+    back.outputs[0].type, back.outputs[0].shape = output.type, output.shape
+    graph.insert_after(node, [rows, gemm, back])
+    _take_over(output, back.outputs[0])
+    return True
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
@@ -283,22 +339,17 @@ def _fold_gemm_factors(graph: ir.Graph, node: ir.Node) -> None:
     for position, key in ((1, "alpha"), (2, "beta")):
         factor = node.attributes.get_float(key, 1.0)
         value = node.inputs[position] if len(node.inputs) > position else None
-        array = const.array_or_none(value)
-        if factor == 1.0 or value is None or array is None or array.dtype != np.float32:
+        held = const.constant_or_none(value)
+        if factor == 1.0 or value is None or held is None or held.dtype != ir.DataType.FLOAT:
             continue
-        const.replace_input(
-            graph,
-            node,
-            position,
-            value.name or node.name or "",
-            array.astype(np.float32, copy=False) * np.float32(factor),
-        )
+        scaled = const.changed(held, partial(np.multiply, np.float32(factor)), const.sizes(held))
+        const.replace_input(graph, node, position, value.name or node.name or "", scaled)
         node.attributes.pop(key)
     weight_value, bias_value = (*node.inputs[1:], None)[:2]
-    weight, bias = const.array_or_none(weight_value), const.array_or_none(bias_value)
+    weight, bias = const.constant_or_none(weight_value), const.array_or_none(bias_value)
     if weight is None or bias_value is None or bias is None or bias.size != 1 or bias.dtype != np.float32:
         return
-    outputs = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    outputs = const.sizes(weight)[0 if node.attributes.get_int("transB", 0) else 1]
     const.replace_input(graph, node, 2, str(bias_value.name), np.full(outputs, bias.reshape(-1)[0], np.float32))
 
 

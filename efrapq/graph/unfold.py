@@ -2,13 +2,17 @@
 
 Every linear layer computes y = W x over many x: the windows of a convolution, the rows of a MatMul. `weight_rows`
 gives W as (G, O, D), `input_rows` the x as (G, R, D), `output_rows` the y as (G, R, O), in matching order. A
-transposed convolution is a plain one over its zero-stuffed input with the kernel flipped.
+transposed convolution is a plain one over its zero-stuffed input with the kernel flipped. Convolutions have one
+spatial axis or several.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,24 +23,26 @@ __all__ = ["Unfold", "unfold_for"]
 
 @dataclass(frozen=True)
 class Unfold:
-    """Geometry of one layer. Spatial fields are (height, width); pads are (top, left, bottom, right)."""
+    """Geometry of one layer. stride, dilation, output_padding: one number a spatial axis, pads: the begins, then the
+    ends; empty where all are the default, 1 or 0.
+    """
 
     op_type: str
     groups: int = 1
     transposed: bool = False  # Gemm with transB: weight is (O, D)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-    output_padding: tuple[int, int] = (0, 0)
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
 
     def weight_rows(self, weight: Tensor) -> Tensor:
         """ONNX layout → (G, O, D)."""
         if self.op_type == "Conv":
             return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
         if self.op_type == "ConvTranspose":
-            inputs, outputs, kh, kw = weight.shape
-            grouped = weight.reshape(self.groups, inputs // self.groups, outputs, kh, kw).flip(3, 4)
-            return grouped.transpose(1, 2).reshape(self.groups, outputs, -1)
+            inputs, outputs, *kernel = weight.shape
+            grouped = weight.reshape(self.groups, inputs // self.groups, outputs, *kernel)
+            return grouped.flip(_axes(3, kernel)).transpose(1, 2).reshape(self.groups, outputs, -1)
         return (weight if self.transposed else weight.t())[None]
 
     def from_rows(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -44,9 +50,9 @@ class Unfold:
         if self.op_type == "Conv":
             return rows.reshape(shape)
         if self.op_type == "ConvTranspose":
-            inputs, outputs, kh, kw = shape
-            grouped = rows.reshape(self.groups, outputs, inputs // self.groups, kh, kw)
-            return grouped.transpose(1, 2).flip(3, 4).reshape(shape)
+            inputs, outputs, *kernel = shape
+            grouped = rows.reshape(self.groups, outputs, inputs // self.groups, *kernel)
+            return grouped.transpose(1, 2).flip(_axes(3, kernel)).reshape(shape)
         return (rows[0] if self.transposed else rows[0].t()).reshape(shape)
 
     def output_rows(self, y: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -60,59 +66,73 @@ class Unfold:
         grouped = flat.reshape(n, self.groups, channels // self.groups, count)
         return grouped.permute(1, 0, 3, 2).reshape(self.groups, n * count, -1)
 
-    def input_rows(self, x: Tensor, kernel: tuple[int, int], positions: Tensor | None = None, zero: int = 0) -> Tensor:
+    def input_rows(self, x: Tensor, kernel: tuple[int, ...], positions: Tensor | None = None, zero: int = 0) -> Tensor:
         """The layer's input → (G, R, D). Only the windows at `positions` are ever gathered.
 
         zero: what x holds for 0, where it holds codes.
         """
         if self.op_type not in ("Conv", "ConvTranspose"):
             return x.reshape(1, -1, x.shape[-1])
+        stride, dilation, pads = self._geometry(len(kernel))
         if self.op_type == "ConvTranspose":
-            x, stride, pads = self._stuffed(x, kernel, zero), (1, 1), (0, 0, 0, 0)
-        else:
-            stride, pads = self.stride, self.pads
-        windows = _windows(x, kernel, stride, self.dilation, pads, zero)
-        n, channels, height, width = windows.shape[:4]
-        # Splitting a dimension keeps it a view: (N, G, C, H', W', kh, kw).
-        grouped = windows.view(n, self.groups, channels // self.groups, height, width, *kernel)
+            x = self._stuffed(x, kernel, zero)
+            stride, pads = (1,) * len(kernel), (0,) * (2 * len(kernel))
+        windows = _windows(x, kernel, stride, dilation, pads, zero)
+        n, channels = windows.shape[:2]
+        places = windows.shape[2 : 2 + len(kernel)]
+        # Splitting a dimension keeps it a view: (N, G, C, *places, *kernel).
+        grouped = windows.view(n, self.groups, channels // self.groups, *places, *kernel)
         if positions is None:
-            rows = grouped.permute(1, 0, 3, 4, 2, 5, 6)
-            return rows.reshape(self.groups, n * height * width, -1)
-        picked = grouped[:, :, :, positions // width, positions % width]  # (N, G, C, P, kh, kw)
-        return picked.permute(1, 0, 3, 2, 4, 5).reshape(self.groups, n * len(positions), -1)
+            at = _axes(3, places)
+            rows = grouped.permute(1, 0, *at, 2, *_axes(3 + len(places), kernel))
+            return rows.reshape(self.groups, n * prod(places), -1)
+        at_places: tuple[slice | Tensor, ...] = (*[slice(None)] * 3, *torch.unravel_index(positions, places))
+        picked = grouped[at_places]  # (N, G, C, P, *kernel)
+        return picked.permute(1, 0, 3, 2, *_axes(4, kernel)).reshape(self.groups, n * len(positions), -1)
 
-    def _stuffed(self, x: Tensor, kernel: tuple[int, int], zero: int) -> Tensor:
+    def _geometry(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """(stride, dilation, pads) with a number for each of `rank` spatial axes."""
+        return self.stride or (1,) * rank, self.dilation or (1,) * rank, self.pads or (0,) * (2 * rank)
+
+    def _stuffed(self, x: Tensor, kernel: tuple[int, ...], zero: int) -> Tensor:
         """The input of the equivalent plain convolution: zeros between the pixels and around them."""
-        n, channels, height, width = x.shape
-        (sh, sw), (dh, dw) = self.stride, self.dilation
-        top, left, bottom, right = self.pads
-        stuffed = x.new_full((n, channels, (height - 1) * sh + 1, (width - 1) * sw + 1), zero)
-        stuffed[:, :, ::sh, ::sw] = x
-        reach_h, reach_w = dh * (kernel[0] - 1), dw * (kernel[1] - 1)
-        around = (
-            reach_w - left,
-            reach_w - right + self.output_padding[1],
-            reach_h - top,
-            reach_h - bottom + self.output_padding[0],
-        )
-        return F.pad(stuffed, around, value=zero)
+        rank = len(kernel)
+        stride, dilation, pads = self._geometry(rank)
+        extra = self.output_padding or (0,) * rank
+        sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], stride, strict=True)]
+        stuffed = x.new_full((*x.shape[:2], *sizes), zero)
+        stuffed[:, :, *(slice(None, None, s) for s in stride)] = x
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        begin = [r - p for r, p in zip(reach, pads[:rank], strict=True)]
+        end = [r - p + e for r, p, e in zip(reach, pads[rank:], extra, strict=True)]
+        return _padded(stuffed, begin, end, zero)
+
+
+def _axes(first: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """As many axes as there are sizes, from `first` on."""
+    return tuple(range(first, first + len(sizes)))
+
+
+def _padded(x: Tensor, begin: Sequence[int], end: Sequence[int], zero: int) -> Tensor:
+    """The spatial axes padded with `zero`, or cut where a number is negative."""
+    pairs = [amount for pair in zip(reversed(begin), reversed(end), strict=True) for amount in pair]
+    return F.pad(x, pairs, value=zero) if any(pairs) else x
 
 
 def _windows(
     x: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    pads: tuple[int, int, int, int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    pads: tuple[int, ...],
     zero: int,
 ) -> Tensor:
-    """A view (N, C, H', W', kh, kw) of all windows: nothing but the padding is copied."""
-    top, left, bottom, right = pads
-    if any(pads):
-        x = F.pad(x, (left, right, top, bottom), value=zero)
-    spans = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
-    windows = x.unfold(2, spans[0], stride[0]).unfold(3, spans[1], stride[1])
-    return windows[..., :: dilation[0], :: dilation[1]]
+    """A view (N, C, *places, *kernel) of all windows: nothing but the padding is copied."""
+    rank = len(kernel)
+    windows = _padded(x, pads[:rank], pads[rank:], zero)
+    for axis in range(rank):
+        windows = windows.unfold(2 + axis, (kernel[axis] - 1) * dilation[axis] + 1, stride[axis])
+    return windows[(*[slice(None)] * (2 + rank), *(slice(None, None, d) for d in dilation))]
 
 
 def unfold_for(layer: Layer) -> Unfold:
@@ -121,16 +141,14 @@ def unfold_for(layer: Layer) -> Unfold:
     if layer.op_type in ("Gemm", "MatMul"):
         return Unfold(layer.op_type, transposed=bool(layer.channel_axis == 0))
 
-    def pair(name: str, default: int) -> tuple[int, int]:
-        values = [int(v) for v in attributes.get_ints(name, [default, default])]
-        return values[0], values[1]
+    def numbers(name: str) -> tuple[int, ...]:
+        return tuple(int(v) for v in attributes.get_ints(name, []))
 
-    pads = [int(v) for v in attributes.get_ints("pads", [0, 0, 0, 0])]
     return Unfold(
         layer.op_type,
         groups=layer.groups,
-        stride=pair("strides", 1),
-        dilation=pair("dilations", 1),
-        pads=(pads[0], pads[1], pads[2], pads[3]),
-        output_padding=pair("output_padding", 0),
+        stride=numbers("strides"),
+        dilation=numbers("dilations"),
+        pads=numbers("pads"),
+        output_padding=numbers("output_padding"),
     )

@@ -5,6 +5,7 @@
 
 from efrapq.io.atomic import check_output, write_all, write_atomic
 from efrapq.io.checkpoint import Checkpoint, load_checkpoint
+from efrapq.io.external import FileTensor, data_as_inputs
 from efrapq.io.limits import Limits
 from efrapq.io.onnx_file import OnnxFile, is_quantized, load_onnx, refuse_quantized
 from efrapq.io.sniff import Format, sniff
@@ -14,11 +15,13 @@ from efrapq.io.text import listing, printable
 
 __all__ = [
     "Checkpoint",
+    "FileTensor",
     "Format",
     "Limits",
     "OnnxFile",
     "Source",
     "check_output",
+    "data_as_inputs",
     "is_quantized",
     "listing",
     "load_checkpoint",

@@ -57,8 +57,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     write_all({path: data})
 
 
-def write_all(files: Mapping[str | Path, bytes]) -> None:
-    """Write several files: all of them, or after an error none.
+def write_all(files: Mapping[str | Path, bytes | Iterator[bytes | memoryview]]) -> None:
+    """Write several files, of their bytes or of pieces made as they are needed: all of them, or after an error none.
 
     Everything is on the disk under temporary names before the first file appears; then they are renamed, in order.
     If a rename fails, those before it are undone. (A process killed between two renames leaves whole files, the
@@ -103,13 +103,14 @@ def _temporary(target: Path) -> Path:
     return target.parent / f".efrapq-{secrets.token_hex(8)}.tmp"
 
 
-def _stage(target: Path, data: bytes, leftovers: list[Path]) -> Path:
+def _stage(target: Path, data: bytes | Iterator[bytes | memoryview], leftovers: list[Path]) -> Path:
     temporary = _temporary(target)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     fd = os.open(temporary, flags, 0o666)  # the umask takes away what it should
     leftovers.append(temporary)
     with open(fd, "wb") as file:
-        file.write(data)
+        for part in [data] if isinstance(data, bytes) else data:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
     return temporary

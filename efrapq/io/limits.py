@@ -22,7 +22,13 @@ class Limits:
     max_header_bytes: int = 16 * _MIB
     """Size of a safetensors header or of the pickle in a torch checkpoint (weights not counted)."""
     max_onnx_bytes: int = 2 * _GIB - 1
-    """Size of an ONNX model with its external data; protobuf itself cannot hold more."""
+    """Size of an ONNX model with the external data that are read into it; protobuf itself cannot hold more."""
+    max_inline_bytes: int = _GIB
+    """Size of an ONNX model with its external data up to which all of them are read into it."""
+    min_outside_bytes: int = 256 << 10
+    """Size from which on an initializer of a larger model stays in its file, and is read when it is needed."""
+    max_external_bytes: int = 64 * _GIB
+    """Size of an ONNX model with all of its external data, and of one file of these."""
     max_tensor_elements: int = 1 << 31
     """Elements of one tensor."""
     max_total_bytes: int = 16 * _GIB

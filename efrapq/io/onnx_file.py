@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from efrapq.errors import (
@@ -16,7 +16,7 @@ from efrapq.errors import (
     UnsupportedFileError,
     UnsupportedModelError,
 )
-from efrapq.io.external import inline_external
+from efrapq.io.external import External, FileTensor, data_as_inputs, take_external
 from efrapq.io.limits import Limits
 from efrapq.io.onnx_tensor import check_stored, non_finite
 from efrapq.io.onnx_walk import STANDARD_DOMAINS, Contents, check_functions, survey
@@ -59,15 +59,19 @@ _TAKES_INFINITY = frozenset({"Where", "Clip", "Max", "Min", "Pad", "Equal", "Les
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX model with nothing left outside it."""
+    """An ONNX model with nothing left outside it but what is in `outside`."""
 
     model: onnx.ModelProto
     external: dict[str, str]
-    """Location → SHA-256 of the external data files that were read into `model`."""
+    """Location → SHA-256 of the external data files."""
+    external_bytes: int = 0
+    """The size of these files."""
+    outside: dict[str, FileTensor] = field(default_factory=dict)
+    """Initializers of `model` whose data stay in their files, by name; see `efrapq.io.external`."""
 
 
 def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Collection[str] = ()) -> OnnxFile:
-    """Return the ONNX model in `source`, with its external data read into it.
+    """Return the ONNX model in `source`, with its external data read into it unless they are too large for that.
 
     Operators of domains other than ONNX's and com.microsoft's are refused unless a function of the model or
     `allow_domains` covers them. The model may hold quantized operators; see `refuse_quantized`.
@@ -90,9 +94,9 @@ def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Co
     external = _check_tensors(contents, source, limits)
     if model.ByteSize() > limits.max_onnx_bytes:
         raise LimitError(f"{name}: over the limit of {limits.max_onnx_bytes:,} bytes; use a smaller model")
-    _run_checker(model, name)
-    _require_finite(contents, name)
-    return OnnxFile(model, external)
+    _run_checker(data_as_inputs(model), name)
+    _require_finite(contents, external.outside, name)
+    return OnnxFile(model, external.files, external.size, external.outside)
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
@@ -186,7 +190,7 @@ def _check_dims(dims: list[int], where: str, name: str, limits: Limits) -> None:
         raise LimitError(f"{name}: {where} has too many elements; use a smaller model")
 
 
-def _check_tensors(contents: Contents, source: Source, limits: Limits) -> dict[str, str]:
+def _check_tensors(contents: Contents, source: Source, limits: Limits) -> External:
     import onnx
 
     outside = []
@@ -197,10 +201,14 @@ def _check_tensors(contents: Contents, source: Source, limits: Limits) -> dict[s
             # Left in place, these would come to life in a reader that looks at them first.
             tensor.ClearField("external_data")
             check_stored(tensor, where, source.name, limits)
-    hashes = inline_external(outside, source.path, len(source.data), source.name, limits)
+    own = {id(tensor) for tensor in contents.initializers}
+    external = take_external(
+        outside, lambda tensor: id(tensor) in own, source.path, len(source.data), source.name, limits
+    )
     for tensor, where in outside:
-        check_stored(tensor, where, source.name, limits)
-    return hashes
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            check_stored(tensor, where, source.name, limits)
+    return external
 
 
 def _run_checker(model: onnx.ModelProto, name: str) -> None:
@@ -214,16 +222,19 @@ def _run_checker(model: onnx.ModelProto, name: str) -> None:
         raise CorruptFileError(f"{name}: not a valid ONNX model ({printable(lines[0])}); {_AGAIN}") from None
 
 
-def _require_finite(contents: Contents, name: str) -> None:
+def _require_finite(contents: Contents, outside: dict[str, FileTensor], name: str) -> None:
+    import onnx
+
     users: dict[str, set[str]] = {}
     for node, _ in contents.nodes:
         for value in node.input:
             users.setdefault(value, set()).add(node.op_type)
-    bad = [
-        key
-        for key, tensor in _constants(contents)
-        if (worst := non_finite(tensor)) == "NaN" or (worst and not users.get(key, set()) <= _TAKES_INFINITY)
-    ]
+    bad = []
+    for key, tensor in _constants(contents):
+        data = outside[key].read() if tensor.data_location == onnx.TensorProto.EXTERNAL else None
+        worst = non_finite(tensor, data)
+        if worst == "NaN" or (worst and not users.get(key, set()) <= _TAKES_INFINITY):
+            bad.append(key)
     if bad:
         raise BadWeightsError(f"{name}: NaN or infinity in {listing(bad)}; get weights from before the training broke")
 

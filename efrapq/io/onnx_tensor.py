@@ -10,9 +10,11 @@ from efrapq.io.limits import Limits
 from efrapq.io.text import printable
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 
-__all__ = ["check_stored", "non_finite", "raw_bytes"]
+__all__ = ["check_empty", "check_stored", "non_finite", "raw_bytes"]
 
 # Data type → bits of an element, the typed field that may hold it, and elements to an entry of that field
 # (a complex number takes two entries, written as a negative count).
@@ -83,8 +85,17 @@ def check_stored(tensor: onnx.TensorProto, where: str, name: str, limits: Limits
         )
 
 
-def non_finite(tensor: onnx.TensorProto) -> str:
-    """Return "NaN", "infinity" or "" for what is worst in a checked tensor of any type."""
+def check_empty(tensor: onnx.TensorProto, where: str, name: str) -> None:
+    """Check that a tensor whose data lie in a file holds none of its own; CorruptFileError if it does."""
+    if tensor.HasField("segment") or tensor.HasField("raw_data") or any(len(getattr(tensor, f)) for f in _FIELDS):
+        raise CorruptFileError(f"{name}: {where} holds its data in a wrong field or more than once; export it again")
+
+
+def non_finite(tensor: onnx.TensorProto, data: NDArray[np.uint8] | None = None) -> str:
+    """Return "NaN", "infinity" or "" for what is worst in a checked tensor of any type.
+
+    data: its bytes, where it does not hold them itself.
+    """
     import numpy as np
     import onnx
 
@@ -98,7 +109,9 @@ def non_finite(tensor: onnx.TensorProto) -> str:
     if tensor.data_type not in formats:
         return ""
     dtype, magnitude, infinity = formats[tensor.data_type]
-    if tensor.HasField("raw_data"):
+    if data is not None:
+        bits = data.view(dtype)
+    elif tensor.HasField("raw_data"):
         bits = np.frombuffer(tensor.raw_data, dtype=dtype)
     elif tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
         bits = np.array(tensor.int32_data, dtype=np.int32).astype(dtype)

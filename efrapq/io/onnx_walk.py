@@ -33,6 +33,8 @@ class Contents:
 
     nodes: list[tuple[onnx.NodeProto, str]] = field(default_factory=list)
     tensors: list[tuple[onnx.TensorProto, str]] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    """Those of `tensors` that are initializers of the model's own graph, the same objects."""
     sparse: list[tuple[onnx.SparseTensorProto, str]] = field(default_factory=list)
     graphs: list[tuple[onnx.GraphProto, str]] = field(default_factory=list)
     calls: dict[FunctionKey | None, list[tuple[FunctionKey, int]]] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class _Step(NamedTuple):
     place: str
     depth: int
     owner: FunctionKey | None
+    outermost: bool = False
 
 
 def survey(model: onnx.ModelProto, name: str, limits: Limits) -> Contents:
@@ -52,7 +55,7 @@ def survey(model: onnx.ModelProto, name: str, limits: Limits) -> Contents:
     Raises LimitError for too many nodes or subgraphs nested too deep, CorruptFileError for two functions of one name.
     """
     found = Contents()
-    pending = [_Step(model.graph, "the graph", 1, None)]
+    pending = [_Step(model.graph, "the graph", 1, None, outermost=True)]
     for info in model.training_info:
         pending += [
             _Step(info.initialization, "training info", 1, None),
@@ -91,6 +94,8 @@ def _visit(step: _Step, found: Contents) -> list[_Step]:
         found.graphs.append((body, place))
         for tensor in body.initializer:
             found.tensors.append((tensor, f"initializer '{printable(tensor.name)}'"))
+            if step.outermost:
+                found.initializers.append(tensor)
         for sparse in body.sparse_initializer:
             _add_sparse(sparse, f"sparse initializer '{printable(sparse.values.name)}'", found)
     else:

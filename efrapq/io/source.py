@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from efrapq.io.limits import Limits
 from efrapq.io.sniff import Format, sniff
 from efrapq.io.text import printable
 
-__all__ = ["Source", "read_fd", "read_source"]
+__all__ = ["Source", "read_fd", "read_source", "stream_fd"]
+
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,29 @@ def read_fd(fd: int, name: str, max_bytes: int) -> bytes:
         if len(data) != status.st_size:
             raise CorruptFileError(f"{name}: the file changed while it was read; wait until it is complete and retry")
     return data
+
+
+def stream_fd(fd: int, name: str, max_bytes: int) -> Iterator[bytes]:
+    """Yield the whole regular file behind the descriptor `fd`, piece by piece; the descriptor stays open.
+
+    Raises as `read_fd`; that the length was not what the file system says shows only at the end.
+    """
+    status = os.fstat(fd)
+    _require_regular(status, name)
+    if status.st_size > max_bytes:
+        raise LimitError(f"{name}: {status.st_size:,} bytes, over the limit of {max_bytes:,}; use a smaller model")
+    left = status.st_size + 1  # one byte more than expected shows a file that grows
+    while left:
+        try:
+            data = os.read(fd, min(left, _CHUNK))
+        except OSError as error:
+            raise InputError(f"{name}: reading failed ({_reason(error)}); check the disk") from None
+        if not data:
+            break
+        left -= len(data)
+        yield data
+    if left != 1:
+        raise CorruptFileError(f"{name}: the file changed while it was read; wait until it is complete and retry")
 
 
 def _require_regular(status: os.stat_result, name: str) -> None:

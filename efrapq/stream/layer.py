@@ -70,7 +70,7 @@ class LayerWork:
         self.settings, self.samples, self.input_grid = settings, samples, input_grid
         self._unfold = unfold_for(layer)
         self._rows = self._unfold.weight_rows(weight).contiguous()
-        self._kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.ndim == 4 else (1, 1)
+        self._kernel = tuple(int(size) for size in weight.shape[2:])
         self.block = block_of(layer, int(self._rows.shape[2]), settings.block)
         self._moments = Moments(self._rows)
         self._generator = torch.Generator().manual_seed(settings.seed)
@@ -97,9 +97,9 @@ class LayerWork:
 
     def _positions(self, y: Tensor) -> Tensor | None:
         """A seeded subset of output positions, so that all chunks together give about rows·D rows."""
-        if y.ndim != 4:
+        if not self._kernel:
             return None
-        available = int(y.shape[2] * y.shape[3])
+        available = math.prod(y.shape[2:])
         wanted = -(-self.settings.rows * self._rows.shape[2] // self.samples)
         if wanted >= available:
             return None

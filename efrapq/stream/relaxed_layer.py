@@ -60,7 +60,7 @@ def solve_layer(
             laid_out(problem.nearest),
             forward,
             sample,
-            channel_dim=1 if len(shape) == 4 else -1,
+            channel_dim=1 if len(shape) > 2 else -1,
             settings=settings,
             on_step=on_step,
         )

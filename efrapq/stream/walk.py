@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
+from efrapq.calibration.live_range import follower, live_range
 from efrapq.calibration.ranges import calibrate
 from efrapq.device import exact_convolutions
+from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
 from efrapq.graph.layers import Layer, bias_array, weight_array
 from efrapq.graph.placement import Placement, activation_after
@@ -101,6 +103,17 @@ class _Chunks(Sequence[Tensor]):
         return self._spool.get(self._name, index)
 
 
+def _joined(layer: Layer, chunks: Sequence[Tensor]) -> Tensor:
+    """All chunks of a layer's inputs or outputs along the first axis; as rows, which a matrix takes one by one, where
+    samples are counted on another axis and not all chunks hold as many.
+    """
+    if len({chunk.shape[1:] for chunk in chunks}) > 1:
+        if layer.op_type not in ("Gemm", "MatMul"):
+            raise UnsupportedModelError(f"layer {layer.name}: the relaxed solver needs its samples on the first axis")
+        chunks = [chunk.flatten(0, -2) for chunk in chunks]
+    return torch.cat(list(chunks))
+
+
 class Walk:
     """One pass over one graph. floats, quantized: the two streams by value name; a value on a grid is kept in the
     quantized stream as uint8 codes.
@@ -131,6 +144,7 @@ class Walk:
         self.grids: dict[str, ActivationGrid] = {}
         self.weights: dict[str, QuantizedWeight] = {}
         self.reports: list[LayerReport] = []
+        self.values = {str(v.name): v for v in (*self.graph.inputs, *(o for node in self.graph for o in node.outputs))}
         self.readers = Counter(str(v.name) for node in self.graph for v in reads(node) if v is not None)
         for value in model.graph.inputs:
             if value.name not in self.executor.constants:
@@ -224,10 +238,23 @@ class Walk:
     def _choose_grid(self, name: str) -> None:
         """Choose the value's grid from the float stream, if it is placed on one."""
         if name in self.placement.grids:
-            bits = self.placement.grids[name]
-            self.grids[name] = calibrate(_Chunks(self.floats, name), bits, self.settings.act_range, name)
+            self.grids[name] = self._calibrated(name, _Chunks(self.floats, name))
         elif name in self.placement.same:
             self.grids[name] = self.grids[self.placement.same[name]]
+
+    def _calibrated(self, name: str, chunks: Sequence[Tensor]) -> ActivationGrid:
+        """The grid of a placed value from its float chunks."""
+        placed = self.placement
+        bits = placed.grids[name]
+        behind = follower(self.executor, self.values[name], chunks[0].dim())
+
+        def live(low: float, high: float) -> tuple[float, float]:
+            if behind is None:
+                return low, high
+            result_bits = {r: placed.grids[placed.source(r)] for r in behind.results if r in placed}
+            return live_range(behind, self.executor, low, high, bits, result_bits, self.device)
+
+        return calibrate(chunks, bits, self.settings.act_range, name, live)
 
     def _drop(self, node: ir.Node) -> None:
         for value in reads(node):
@@ -315,7 +342,7 @@ class Walk:
         targets = [after(y) for y in _Chunks(self.floats, layer.output)]
         grid = None
         if value in self.placement.grids:
-            grid = calibrate(targets, self.placement.grids[value], self.settings.act_range, value)
+            grid = self._calibrated(value, targets)
         inputs = [self._read(self.quantized, layer.node.inputs[0], chunk) for chunk in range(self.chunks)]
         return solve_layer(
             layer,
@@ -324,8 +351,8 @@ class Walk:
             run=lambda x, w: self._run(layer, x, w, bias),
             after=after,
             output_grid=grid,
-            x_hat=torch.cat([x for x in inputs if x is not None]),
-            target=torch.cat(targets),
+            x_hat=_joined(layer, [x for x in inputs if x is not None]),
+            target=_joined(layer, targets),
             settings=settings,
             seed=self.settings.seed,
             on_step=lambda step: steps.reached(step, settings.steps),

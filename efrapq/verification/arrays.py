@@ -5,7 +5,7 @@ model's, top-1 agreement and CDA where it is a classifier, and the latency of on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.calibration.arrays import LABELS, Arrays, arrays_for, load_arrays
-from efrapq.calibration.signature import ModelInput, fixed_batch, model_inputs, signature_words
+from efrapq.calibration.signature import ModelInput, layout_words, model_inputs, signature_words
 from efrapq.data import ArrayFile, Dataset
 from efrapq.errors import DataError, InputError, UsageError
 from efrapq.io.text import printable
 from efrapq.progress import Reporter
-from efrapq.verification.distance import Distance
-from efrapq.verification.metrics import Figures, class_scores, no_figures
+from efrapq.verification.classes import ClassAxis, class_axes
+from efrapq.verification.metrics import Figures, no_figures
+from efrapq.verification.outputs import OutputComparison, nearness
 from efrapq.verification.session import Session, feeds_latency
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ArrayTests", "array_tests", "refuse_image_options"]
 
-FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 NO_CLASSIFIER = "the model's first output is not float (N, classes)"
 
 
@@ -55,14 +55,11 @@ def array_tests(
     inputs = model_inputs(proto, name)
     arrays, labels = None, None
     if isinstance(data, Dataset):
-        raise DataError(
-            f"{name}: images do not fit this model; give one array per input, first axis the samples: "
-            f"{signature_words(inputs)}"
-        )
+        raise DataError(f"{name}: images do not fit this model; give one array per input, {layout_words(inputs)}")
     if data is not None:
         signature = _signature(inputs, reference, name)
         arrays = arrays_for(data, signature, "data") if isinstance(data, Mapping) else load_arrays(data, signature)
-        arrays = replace(arrays, batch=fixed_batch(inputs))
+        arrays = replace(arrays, batch=_batch_of(inputs, arrays.axes))
         labels = _labels(data, inputs)
         if labels is not None and labels.shape[:1] != (len(arrays),):
             raise DataError(
@@ -74,7 +71,8 @@ def array_tests(
             "--max-drop needs an image classifier, or for a classifier of other data an array 'labels' in the .npz of "
             f"--data and the float model (--float); this model takes {signature_words(inputs)}"
         )
-    return ArrayTests(inputs, len(proto.graph.output), arrays, labels, needs_cda)
+    axes = class_axes(reference) if reference is not None else {}
+    return ArrayTests(inputs, len(proto.graph.output), arrays, labels, needs_cda, axes)
 
 
 def _signature(inputs: Sequence[ModelInput], reference: onnx.ModelProto | None, name: str) -> Sequence[ModelInput]:
@@ -85,6 +83,13 @@ def _signature(inputs: Sequence[ModelInput], reference: onnx.ModelProto | None, 
         return inputs
     before = model_inputs(reference, name)
     return before if {i.name for i in before} == {i.name for i in inputs} else inputs
+
+
+def _batch_of(inputs: Sequence[ModelInput], axes: Mapping[str, int]) -> int | None:
+    """How many samples the file takes at once; None if that is dynamic. axes: by input name, where samples are."""
+    sizes = {given.dims[axes[given.name]] if given.dims else None for given in inputs if given.name in axes}
+    (size,) = sizes if len(sizes) == 1 else (None,)
+    return size if isinstance(size, int) else None
 
 
 def _labels(data: str | Path | Mapping[str, Any], inputs: Sequence[ModelInput]) -> NDArray[Any] | None:
@@ -102,7 +107,8 @@ def _labels(data: str | Path | Mapping[str, Any], inputs: Sequence[ModelInput]) 
 @dataclass(frozen=True)
 class ArrayTests:
     """inputs, outputs: what the file takes, and how many it gives. arrays: None where only the file itself is looked
-    at. labels: one row a sample, unchecked otherwise, or None. needs_cda: the verdict asks for it.
+    at. labels: one row a sample, unchecked otherwise, or None. needs_cda: the verdict asks for it. axes: output name →
+    its axis of classes.
     """
 
     inputs: Sequence[ModelInput]
@@ -110,6 +116,7 @@ class ArrayTests:
     arrays: Arrays | None
     labels: NDArray[Any] | None
     needs_cda: bool = False
+    axes: Mapping[str, ClassAxis] = field(default_factory=dict)
 
     @property
     def attack(self) -> None:
@@ -135,24 +142,24 @@ class ArrayTests:
         if self.arrays is None:
             return replace(
                 no_figures(),
-                outputs=_outputs({}),
+                outputs=nearness({}),
                 notes=("outputs and latency are not measured: pass --data with " + signature_words(self.inputs),),
             )
         count = len(self.arrays)
-        compared = _Comparison(sessions)
+        compared = OutputComparison(sessions, self.axes)
         with reporter.task("measuring in ONNX Runtime", count) as task:
             done = 0
             for feeds, size in _runs(self.arrays):
-                compared.add(feeds, size, min(size, count - done))
+                compared.run(dict.fromkeys(sessions, feeds), size, min(size, count - done))
                 done += size
                 task.advance("", size)
         cda, about_labels = self._accuracy(compared)
         return Figures(
-            count, 0, cda, no_figures().asr, compared.agreement(), _outputs(compared.distances),
+            count, 0, cda, no_figures().asr, compared.agreement(), compared.nearness(), compared.each(),
             (*compared.notes(), *about_labels),
         )  # fmt: skip
 
-    def _accuracy(self, compared: _Comparison) -> tuple[dict[str, float | None], tuple[str, ...]]:
+    def _accuracy(self, compared: OutputComparison) -> tuple[dict[str, float | None], tuple[str, ...]]:
         """CDA by model, and why there is none although there are labels."""
         labels, found = self.labels, no_figures().cda
         if labels is None:
@@ -199,65 +206,9 @@ def _filled(arrays: Arrays) -> Arrays:
     missing = -len(arrays) % (arrays.batch or 1)
     if not arrays.by_sample or not missing:
         return arrays
-    padded = {k: np.concatenate([a, np.repeat(a[-1:], missing, 0)]) for k, a in arrays.by_sample.items()}
-    return replace(arrays, by_sample=padded)
+    return arrays.take(np.minimum(np.arange(len(arrays) + missing), len(arrays) - 1))
 
 
 def _runs(arrays: Arrays) -> list[tuple[dict[str, NDArray[Any]], int]]:
     """What one run after the other takes, and how many samples it holds, those that fill the last batch included."""
-    return [(feeds, max((len(feeds[k]) for k in arrays.by_sample), default=1)) for feeds in _filled(arrays).chunks()]
-
-
-class _Comparison:
-    """The first float output of all models on the same feeds, run by run."""
-
-    def __init__(self, sessions: Mapping[str, Session]) -> None:
-        made = sessions["defended"].raw.get_outputs()
-        self.sessions = sessions
-        self.position = next((i for i, output in enumerate(made) if output.type in FLOATS), None)
-        self.name = "" if self.position is None else str(made[self.position].name)
-        self.distances = {n: Distance() for n in ("nearest", "defended") if n in sessions and "float" in sessions}
-        self.classes = 0
-        self._is_classifier = self.position == 0
-        self._answers: dict[str, list[NDArray[np.int64]]] = {name: [] for name in sessions}
-
-    def add(self, feeds: Mapping[str, NDArray[Any]], size: int, count: int) -> None:
-        """One run of `size` samples, of which the first `count` are measured."""
-        if self.position is None:
-            return
-        found = {}
-        for name, session in self.sessions.items():
-            output = session.run(feeds, [self.position])[0]
-            found[name] = output[:count] if output.ndim and len(output) == size else output
-        for name, distance in self.distances.items():
-            distance.add(found["float"], found[name])
-        for name, output in found.items():
-            scores = class_scores(output, count)
-            if scores is None:
-                self._is_classifier = False
-            elif self._is_classifier:
-                self.classes = scores.shape[1]
-                self._answers[name].append(scores.argmax(1))
-
-    def answers(self) -> dict[str, NDArray[np.int64]]:
-        """Top-1 classes by model, (N,); empty for a model that is no classifier."""
-        if not self._is_classifier:
-            return {}
-        return {name: np.concatenate(parts) for name, parts in self._answers.items()}
-
-    def agreement(self) -> float | None:
-        answers = self.answers()
-        if "float" not in answers:
-            return None
-        return 100 * float((answers["defended"] == answers["float"]).mean())
-
-    def notes(self) -> tuple[str, ...]:
-        """Why outputs that ran have no figures."""
-        if self.position is None:
-            return ("outputs are not compared: the model has no float output",)
-        reasons = {distance.reason for distance in self.distances.values() if distance.reason is not None}
-        return tuple(f"output '{printable(self.name)}' is not compared: {reason}" for reason in sorted(reasons))
-
-
-def _outputs(distances: Mapping[str, Distance]) -> dict[str, dict[str, float | None]]:
-    return {name: distances.get(name, Distance()).figures() for name in ("nearest", "defended")}
+    return [(feeds, arrays.count(feeds)) for feeds in _filled(arrays).chunks()]

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from efrapq.graph import constants as const
 from efrapq.graph.layers import find_layers, weight_array
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import code_range
@@ -38,23 +39,39 @@ def _nearest(weight: NDArray[np.float32], on: QuantizedWeight) -> tuple[NDArray[
     return np.rint(position).astype(np.int8), position
 
 
-def _float_weights(reference: ir.Model, quantized: QuantizedModel) -> dict[str, NDArray[np.float32]] | None:
-    """The float weight of every quantized layer by name; None if the two models are not the same network."""
-    layers, _ = find_layers(reference.graph)
-    weights = {layer.name: weight_array(reference.graph, layer) for layer in layers}
-    for layer in layers:
-        held = quantized.weights.get(layer.name)
-        if held is not None and held.block and held.axis != layer.channel_axis:
-            weights[layer.name] = weights[layer.name].T  # see `inputs_first`
-    if any(n not in weights or weights[n].shape != w.codes.shape for n, w in quantized.weights.items()):
-        return None
-    return weights
+class _FloatWeights:
+    """The float weight of every quantized layer by name, read from the reference when it is asked for."""
+
+    def __init__(self, reference: ir.Model, quantized: QuantizedModel) -> None:
+        self._graph = reference.graph
+        self._layers = {layer.name: layer for layer in find_layers(reference.graph)[0]}
+        self._weights = quantized.weights
+
+    @property
+    def correspond(self) -> bool:
+        """Whether the two models are the same network."""
+        return all(name in self._layers and self._shape(name) == w.codes.shape for name, w in self._weights.items())
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        weight = weight_array(self._graph, self._layers[name])
+        return weight.T if self._turned(name) else weight
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        constant = self._graph.initializers[self._layers[name].weight].const_value
+        assert constant is not None
+        shape = const.sizes(constant)
+        return shape[::-1] if self._turned(name) else shape
+
+    def _turned(self, name: str) -> bool:
+        """See `inputs_first`."""
+        held = self._weights[name]
+        return bool(held.block) and held.axis != self._layers[name].channel_axis
 
 
 def compare_codes(quantized: QuantizedModel, reference: ir.Model) -> CodeComparison | None:
     """Hold a file's codes against the prepared float model; None if the layers do not correspond."""
-    weights = _float_weights(reference, quantized)
-    if weights is None:
+    weights = _FloatWeights(reference, quantized)
+    if not weights.correspond:
         return None
     total = flipped = 0
     strangers = []
@@ -69,8 +86,8 @@ def compare_codes(quantized: QuantizedModel, reference: ir.Model) -> CodeCompari
 
 def nearest_twin(quantized: QuantizedModel, reference: ir.Model) -> QuantizedModel | None:
     """The same file with every code rounded to nearest from the float model; None if the layers do not correspond."""
-    weights = _float_weights(reference, quantized)
-    if weights is None:
+    weights = _FloatWeights(reference, quantized)
+    if not weights.correspond:
         return None
     codes = {n: w.replace_codes(_nearest(weights[n], w)[0]) for n, w in quantized.weights.items()}
     return QuantizedModel(quantized.model, quantized.layers, codes, quantized.activations, quantized.metadata)

@@ -1,31 +1,57 @@
-"""What labelled test images say of an image classifier: CDA, ASR, agreement, and the latency of one image."""
+"""What test images say of a model that takes one batch of them: of a classifier CDA, ASR and agreement, of any other
+how far its outputs are from the float model's; and the latency of one image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from efrapq.data import Dataset, Preprocess
 from efrapq.errors import UsageError
 from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
-from efrapq.verification.metrics import Figures, Predictions, attack_success_rate, clean_accuracy, no_figures, predict
+from efrapq.verification.classes import ClassAxis
+from efrapq.verification.metrics import (
+    BATCH,
+    Figures,
+    Predictions,
+    attack_success_rate,
+    class_scores,
+    clean_accuracy,
+    no_figures,
+    output_words,
+    predict,
+    require_fit,
+)
+from efrapq.verification.outputs import OutputComparison, is_float
 from efrapq.verification.session import Session, interleaved_latency
 
-__all__ = ["ImageTests"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["ImageTests", "refuse_rates", "shape_without_classes"]
+
+# Inputs and outputs that one run of all models holds: a batch of small images, one large one with its masks.
+RUN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class ImageTests:
-    """dataset: None where only the file itself is looked at. trigger and target_class: both or neither."""
+    """dataset: None where only the file itself is looked at. trigger and target_class: both or neither. needs_cda: the
+    verdict asks for it. axes: output name → its axis of classes.
+    """
 
     dataset: Dataset | None
     preprocess: Preprocess
     trigger: Trigger | None
     target_class: int | None
+    needs_cda: bool = False
+    axes: Mapping[str, ClassAxis] = field(default_factory=dict)
 
     @property
     def attack(self) -> dict[str, Any] | None:
@@ -39,10 +65,22 @@ class ImageTests:
         session.require_images(name)
 
     def measure(self, sessions: Mapping[str, Session], reporter: Reporter) -> Figures:
-        """Raises DataError for data that do not fit, UnsupportedModelError for a model that is no classifier."""
-        dataset, target_class = self.dataset, self.target_class
-        if dataset is None:
+        """Raises DataError for data that do not fit, UsageError where CDA or ASR is asked of a model without classes,
+        UnsupportedModelError if the runtime does not run a model on the data.
+        """
+        if self.dataset is None:
             return no_figures()
+        first = _first_run(sessions["defended"], self.dataset, self.preprocess)
+        if first.is_classifier and (self.dataset.labels is not None or self.trigger is not None):
+            return self._rates(self.dataset, sessions, reporter)
+        if not first.is_classifier:
+            refuse_rates({"--trigger": self.trigger, "--max-drop": self.needs_cda or None}, first.shape)
+        found = self._compared(self.dataset, sessions, first.images_at_once(len(sessions)), reporter)
+        return found if first.is_classifier else replace(found, notes=(_no_rates(first.shape, sessions), *found.notes))
+
+    def _rates(self, dataset: Dataset, sessions: Mapping[str, Session], reporter: Reporter) -> Figures:
+        """CDA, ASR and agreement of a classifier."""
+        target_class = self.target_class
         predictions: dict[str, Predictions] = {}
         with reporter.task("measuring in ONNX Runtime", len(dataset) * len(sessions)) as task:
             for name, session in sessions.items():
@@ -51,21 +89,33 @@ class ImageTests:
         if target_class is not None and not 0 <= target_class < classes:
             raise UsageError(f"--target-class {target_class}: the model has classes 0 to {classes - 1}")
         cda, asr = no_figures().cda, no_figures().asr
-        if dataset.labels is not None or self.trigger is not None:
-            labels = dataset.require_labels(classes)
-            for name, found in predictions.items():
-                cda[name] = clean_accuracy(found, labels)
-                if target_class is not None:
-                    asr[name] = attack_success_rate(found, labels, target_class)
+        labels = dataset.require_labels(classes)
+        for name, found in predictions.items():
+            cda[name] = clean_accuracy(found, labels)
+            if target_class is not None:
+                asr[name] = attack_success_rate(found, labels, target_class)
         agreement = None
         if "float" in predictions:
             agreement = 100 * float((predictions["defended"].clean == predictions["float"].clean).mean())
-        return Figures(len(dataset), self._attacked(dataset), cda, asr, agreement)
+        triggered = 0 if target_class is None else int((labels != target_class).sum())
+        return Figures(len(dataset), triggered, cda, asr, agreement)
 
-    def _attacked(self, dataset: Dataset) -> int:
-        if self.target_class is None or dataset.labels is None:
-            return 0
-        return int((dataset.labels != self.target_class).sum())
+    def _compared(self, dataset: Dataset, sessions: Mapping[str, Session], at_once: int, reporter: Reporter) -> Figures:
+        """The outputs of all models on the same images, and how often a classifier's answers agree."""
+        compared = OutputComparison(sessions, self.axes)
+        with reporter.task("measuring in ONNX Runtime", len(dataset)) as task:
+            for indices in dataset.batches(at_once):
+                x = dataset.inputs(indices, self.preprocess)
+                require_fit(sessions["defended"], x, dataset.name)
+                filled = _filled(x, sessions["defended"].images_run(len(x)))
+                feeds = {name: {session.input_name: filled} for name, session in sessions.items()}
+                compared.run(feeds, len(filled), len(x))
+                task.advance("", len(x))
+        figures = no_figures()
+        return Figures(
+            len(dataset), 0, figures.cda, figures.asr, compared.agreement(), compared.nearness(), compared.each(),
+            compared.notes(),
+        )  # fmt: skip
 
     def sizes(self, input_name: str, metadata: Mapping[str, str]) -> dict[str, list[int]]:
         """Sizes for the dynamic dimensions of the file's input: those of the images, or else as the file records."""
@@ -85,3 +135,78 @@ class ImageTests:
             note("latency is not measured: the model takes images of any size; pass --data to say which")
             return {}
         return interleaved_latency(timed, np.zeros((1, *(d or 0 for d in image)), np.float32))
+
+
+def refuse_rates(given: Mapping[str, object], shape: str) -> None:
+    """UsageError for the first option that is set: they are for classifiers. given: option → its value. shape: of the
+    first output, in words.
+    """
+    for option in (name for name, value in given.items() if value is not None):
+        raise UsageError(
+            f"{option} needs a classifier: the first output of this model is {shape}, not N×classes; without {option} "
+            "its outputs are compared with the float model's"
+        )
+
+
+def shape_without_classes(proto: onnx.ModelProto) -> str | None:
+    """The first output, in words, where the file itself says that it holds no (N, classes); None where it may."""
+    output = next(iter(proto.graph.output), None)
+    if output is None or not output.type.HasField("tensor_type") or not output.type.tensor_type.HasField("shape"):
+        return None
+    sizes = [dim.dim_value for dim in output.type.tensor_type.shape.dim]
+    if len(sizes) >= 2 and sizes[1] != 1 and all(size <= 1 for size in sizes[2:]):
+        return None
+    words = [str(size) if size > 0 else "any" for size in sizes]
+    return "×".join(["N", *words[1:]]) if words else "a single number"
+
+
+@dataclass(frozen=True)
+class _FirstRun:
+    """What the defended file makes of the first image. shape: of its first output, in words. batch: how many images
+    one run takes; None for any number. bytes_: of inputs and outputs, for one image.
+    """
+
+    is_classifier: bool
+    shape: str
+    batch: int | None
+    bytes_: int
+
+    def images_at_once(self, models: int) -> int:
+        """How many images to run through all models before the next ones are read."""
+        return self.batch or max(1, min(BATCH, RUN_BYTES // (self.bytes_ * models)))
+
+
+def _first_run(session: Session, dataset: Dataset, preprocess: Preprocess) -> _FirstRun:
+    """Raises DataError if the image does not fit the model, UnsupportedModelError if the runtime fails on it."""
+    x = dataset.inputs([0], preprocess)
+    require_fit(session, x, dataset.name)
+    count = session.images_run(1)
+    outputs = session.run({session.input_name: _filled(x, count)})
+    first, is_scored = outputs[0], is_float(session.raw.get_outputs()[0])
+    arrays = [output for output in outputs if isinstance(output, np.ndarray)]
+    return _FirstRun(
+        is_classifier=is_scored and class_scores(first, count) is not None,
+        shape=_words(first, count, is_scored),
+        batch=session.input_shape[0],
+        bytes_=x.nbytes + sum(array.nbytes for array in arrays) // count,
+    )
+
+
+def _words(output: Any, count: int, is_scored: bool) -> str:
+    if not isinstance(output, np.ndarray):
+        return "no tensor"
+    shape = output_words(output.shape, count)
+    return shape if is_scored else f"{output.dtype} {shape}"
+
+
+def _filled(x: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """`count` images, those that are missing made from the last one."""
+    return x if len(x) == count else np.concatenate([x, np.repeat(x[-1:], count - len(x), 0)])
+
+
+def _no_rates(shape: str, sessions: Mapping[str, Session]) -> str:
+    done = "its outputs are compared with the float model's" if "float" in sessions else "pass --float to compare it"
+    return (
+        f"CDA and ASR are not measured: they are for classifiers, and the first output of this model is {shape}, not "
+        f"N×classes; {done}"
+    )

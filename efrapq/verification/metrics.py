@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,17 @@ from efrapq.progress import Task
 from efrapq.trigger import Trigger
 from efrapq.verification.session import Session, shape_words
 
-__all__ = ["Figures", "Predictions", "attack_success_rate", "class_scores", "clean_accuracy", "no_figures", "predict"]
+__all__ = [
+    "Figures",
+    "Predictions",
+    "attack_success_rate",
+    "class_scores",
+    "clean_accuracy",
+    "no_figures",
+    "output_words",
+    "predict",
+    "require_fit",
+]
 
 BATCH = 100
 
@@ -22,8 +33,8 @@ BATCH = 100
 class Figures:
     """What test data say. clean, triggered: how many samples. cda, asr: percent by model ("float", "nearest",
     "defended"); agreement: percent of top-1 answers that are the float model's. outputs: how far the first float
-    output is from the float model's, by model and figure; None for models of images. notes: what could not be
-    measured and why. None where not measured.
+    output is from the float model's, by model and figure; each_output: all of them, see `OutputComparison.each`; None
+    where outputs were not asked for. notes: what could not be measured and why. None where not measured.
     """
 
     clean: int
@@ -32,6 +43,7 @@ class Figures:
     asr: dict[str, float | None]
     agreement: float | None
     outputs: dict[str, dict[str, float | None]] | None = None
+    each_output: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -60,14 +72,9 @@ def predict(
     clean: list[NDArray[np.int64]] = []
     triggered: list[NDArray[np.int64]] = []
     classes = 0
-    want = session.input_shape
     for indices in data.batches(BATCH):
         x = data.inputs(indices, preprocess)
-        fits = len(want) == x.ndim and all(w is None or w == g for w, g in zip(want[1:], x.shape[1:], strict=True))
-        if not fits:
-            raise DataError(
-                f"{data.name}: gives inputs of {shape_words(x.shape[1:])}, the model wants {shape_words(want[1:])}"
-            )
+        require_fit(session, x, data.name)
         logits = _class_scores(session.logits(x), len(x), note)
         classes = logits.shape[1]
         clean.append(logits.argmax(1))
@@ -78,12 +85,27 @@ def predict(
     return Predictions(np.concatenate(clean), np.concatenate(triggered) if triggered else None, classes)
 
 
+def require_fit(session: Session, x: NDArray[np.float32], name: str) -> None:
+    """DataError unless the model takes inputs of this shape, in any number. name: of the data."""
+    want = session.input_shape
+    fits = len(want) == x.ndim and all(w is None or w == g for w, g in zip(want[1:], x.shape[1:], strict=True))
+    if not fits:
+        raise DataError(f"{name}: gives inputs of {shape_words(x.shape[1:])}, the model wants {shape_words(want[1:])}")
+
+
 def _class_scores(output: NDArray[np.float32], count: int, name: str) -> NDArray[np.float32]:
     scores = class_scores(output, count)
     if scores is None:
-        shape = "×".join(["N" if len(output) == count else str(len(output)), *map(str, output.shape[1:])])
+        shape = output_words(output.shape, count)
         raise UnsupportedModelError(f"the {name} model is not a classifier: its output is {shape}, not N×classes")
     return scores
+
+
+def output_words(shape: tuple[int, ...], count: int) -> str:
+    """The shape of an output for `count` samples, as messages show it: N×21×64×64."""
+    if shape[:1] != (count,):
+        return shape_words(shape)
+    return "×".join(["N", *map(str, shape[1:])])
 
 
 def class_scores(output: NDArray[np.float32], count: int) -> NDArray[np.float32] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +14,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.errors import UnsupportedModelError
+from efrapq.errors import OutputError, UnsupportedModelError
+from efrapq.io.onnx_data import DataSource, OnnxParts
 from efrapq.io.text import printable
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Session", "feeds_latency", "interleaved_latency", "open_session", "shape_words", "try_run"]
+__all__ = [
+    "LARGE",
+    "Session",
+    "feeds_latency",
+    "interleaved_latency",
+    "open_model",
+    "open_session",
+    "shape_words",
+    "try_run",
+]
+
+# Bytes of a model from which on the optimized graph is kept without its weights.
+LARGE = 256 << 20
 
 
 @dataclass(frozen=True)
 class Session:
-    """One loaded model. optimized: the graph as the runtime rewrote it. What speaks of *the* input is for models with
-    one float input; `run` is for any.
+    """One loaded model. optimized: the graph as the runtime rewrote it; of a large model without its weights. What
+    speaks of *the* input is for models with one float input; `run` is for any.
     """
 
     raw: Any
@@ -97,8 +111,31 @@ class Session:
             ) from exc
 
 
-def open_session(data: bytes, *, threads: int = 0, provider: str = "CPUExecutionProvider") -> Session:
-    """Load a model's bytes. threads: 0 lets the runtime choose. UnsupportedModelError if it does not load."""
+def open_model(proto: onnx.ModelProto, outside: Mapping[str, DataSource], *, threads: int = 0) -> Session:
+    """Load a model of which some initializers are not in the proto. They are written to temporary files for it, so
+    that the runtime reads what was hashed and nothing else; the files are gone when it has loaded them.
+
+    Raises UnsupportedModelError if it does not load, OutputError if there is no room for the files.
+    """
+    if not outside:
+        return open_session(proto.SerializeToString(), threads=threads)
+    # Windows does not remove a file that the runtime has mapped.
+    with tempfile.TemporaryDirectory(prefix="efrapq-", ignore_cleanup_errors=os.name == "nt") as folder:
+        try:
+            path = OnnxParts(proto, outside).write(Path(folder) / "model.onnx", "model.data")
+        except OSError as exc:
+            raise OutputError(
+                f"{printable(tempfile.gettempdir())}: the model's weights cannot be written there for ONNX Runtime "
+                f"({exc.strerror or exc}); point TMPDIR elsewhere"
+            ) from exc
+        return open_session(path, threads=threads)
+
+
+def open_session(model: bytes | Path, *, threads: int = 0, provider: str = "CPUExecutionProvider") -> Session:
+    """Load a model's bytes, or the file of one with external data. threads: 0 lets the runtime choose.
+
+    Raises UnsupportedModelError if it does not load.
+    """
     import onnx
     import onnxruntime as ort
 
@@ -108,17 +145,21 @@ def open_session(data: bytes, *, threads: int = 0, provider: str = "CPUExecution
     with tempfile.TemporaryDirectory(prefix="efrapq-") as folder:
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
+        if isinstance(model, Path) or len(model) > LARGE:
+            # The weights are not wanted of it, and one file may not hold them.
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "data")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "65536")
         try:
-            raw = ort.InferenceSession(data, options, providers=[provider])
+            raw = ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=[provider])
         except Exception as exc:
             raise UnsupportedModelError(f"ONNX Runtime does not load the model: {_first_line(exc)}") from exc
-        optimized = onnx.load(path)
+        optimized = onnx.load(path, load_external_data=False)
     return Session(raw, optimized, str(raw.get_providers()[0]))
 
 
-def try_run(data: bytes, shape: tuple[int, ...]) -> None:
+def try_run(model: bytes | Path, shape: tuple[int, ...]) -> None:
     """Load the model and run it once on zeros of this shape; UnsupportedModelError if either fails."""
-    open_session(data).logits(np.zeros(shape, np.float32))
+    open_session(model).logits(np.zeros(shape, np.float32))
 
 
 def interleaved_latency(

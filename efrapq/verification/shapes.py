@@ -27,7 +27,7 @@ SAME_AS_FIRST = frozenset(
     }
 )  # fmt: skip
 BROADCAST = {"Add": (0, 1), "Mul": (0, 1), "Sub": (0, 1), "QLinearAdd": (0, 3), "QLinearMul": (0, 3)}
-POOLS = frozenset({"MaxPool", "AveragePool", "QLinearAveragePool"})
+POOLS = frozenset({"MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool"})
 GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool"})
 CONVS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFusedConv"})
 
@@ -45,7 +45,8 @@ def graph_shapes(
 ) -> Shapes:
     """Shapes of the optimized graph's values. inputs: sizes of dynamic dimensions, input name → dimensions.
 
-    The first dimension of an input counts samples: one where it is dynamic, else as many as the file says.
+    The first dimension of an input counts samples: one where it is dynamic, else as many as the first input says. Once
+    it is dynamic in one of them it is in all: others carry the batch further behind, or none.
     """
     known, batch = _inferred(original, inputs or {})
     symbols = _symbols(optimized, known)
@@ -79,15 +80,14 @@ def _inferred(original: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) ->
     slim = _without_weights(original)
     constants = {t.name for t in slim.graph.initializer}
     fed = [v for v in slim.graph.input if v.name not in constants]
-    batch = 1
-    for index, value in enumerate(fed):
+    batch = _batch([[d.dim_value for d in v.type.tensor_type.shape.dim] for v in fed])
+    for value in fed:
         dims = value.type.tensor_type.shape.dim
         sizes = inputs.get(value.name, ())
         for axis, dim in enumerate(dims):
             if dim.dim_value > 0:
-                if index == 0 and axis == 0 and len(dims) > 1:
-                    batch = dim.dim_value
-            elif axis == 0:
+                continue
+            if axis == 0:
                 dim.dim_value = 1
             elif len(sizes) == len(dims):
                 dim.dim_value = sizes[axis]
@@ -97,6 +97,13 @@ def _inferred(original: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) ->
         return {}, batch  # unknown shapes are a result: the figures that need them are null
     values = [*slim.graph.input, *slim.graph.value_info, *slim.graph.output]
     return {v.name: shape for v in values if (shape := _concrete(v, {})) is not None}, batch
+
+
+def _batch(shapes: Sequence[Sequence[int]]) -> int:
+    """How many samples a run of the inputs with these sizes holds; 0 stands for a dynamic one."""
+    if not shapes or len(shapes[0]) < 2 or any(shape and shape[0] < 1 for shape in shapes):
+        return 1
+    return shapes[0][0]
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -115,7 +122,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         value.type.tensor_type.ClearField("shape")
     fed = {v.name for v in slim.graph.input}
     for tensor in model.graph.initializer:
-        if tensor.ByteSize() <= READ_BY_INFERENCE:
+        if tensor.data_location != tensor.EXTERNAL and tensor.ByteSize() <= READ_BY_INFERENCE:
             slim.graph.initializer.append(tensor)
         elif tensor.name not in fed:
             slim.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -197,7 +204,7 @@ def _concatenated(node: onnx.NodeProto, dims: Mapping[str, Shape], found: Mappin
 
 def _spatial(node: onnx.NodeProto, data: Shape, dims: Mapping[str, Shape], found: Mapping[str, Any]) -> Shape | None:
     """Convolutions and pools, channels first or last."""
-    last = bool(found.get("channels_last", 0)) or node.op_type == "NhwcFusedConv"
+    last = bool(found.get("channels_last", 0)) or node.op_type in ("NhwcFusedConv", "NhwcMaxPool")
     channels, places = (data[-1], data[1:-1]) if last else (data[1] if len(data) > 1 else 0, data[2:])
     if not places:
         return None

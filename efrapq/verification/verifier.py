@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -12,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efrapq.calibration.signature import model_inputs, takes_images
+from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.data import Dataset, Preprocess, PreprocessOverride
 from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
-from efrapq.io import is_quantized, load_onnx, printable, read_source
+from efrapq.io import OnnxFile, Source, is_quantized, load_onnx, printable, read_source
 from efrapq.io.source import read_fd
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.progress import Reporter, Silent
@@ -23,11 +22,12 @@ from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.trigger import parse_trigger
 from efrapq.verification.advice import slower_because
 from efrapq.verification.arrays import ArrayTests, array_tests, refuse_image_options
+from efrapq.verification.classes import class_axes
 from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
 from efrapq.verification.cost import activation_peak, weight_bytes
-from efrapq.verification.images import ImageTests
+from efrapq.verification.images import ImageTests, refuse_rates, shape_without_classes
 from efrapq.verification.kernels import report_kernels
-from efrapq.verification.session import Session, open_session
+from efrapq.verification.session import LARGE, Session, open_model, open_session
 from efrapq.verification.shapes import graph_shapes
 
 if TYPE_CHECKING:
@@ -91,16 +91,17 @@ def verify(
     """Measure CDA, ASR, agreement, codes, kernels and latency of a quantized ONNX file in ONNX Runtime.
 
     float_model: the model that was defended; found through the evidence beside the file if not given. data: labelled
-    test images; for a model that takes anything else one array per input, by its name, and `labels` where there are
-    classes: its outputs are compared with the float model's. trigger and target_class: for the ASR (see
-    `efrapq.trigger`). input_shape: for a float model that needs one; the file's own by default. preprocess: a
-    Preprocess replaces what the file records, a PreprocessOverride only the parts that it names. Raises EfrapqError
-    for bad inputs.
+    test images, for CDA and ASR; for a model that takes anything else one array per input, by its name, and `labels`
+    where there are classes. Of images without labels, and for a model without classes, the outputs are compared with
+    the float model's. trigger and target_class: for the ASR (see `efrapq.trigger`). input_shape: for a float model that
+    needs one; the file's own by default. preprocess: a Preprocess replaces what the file records, a PreprocessOverride
+    only the parts that it names. Raises EfrapqError for bad inputs.
     """
     reporter = reporter or Silent()
     requirements = requirements or Requirements()
     source = read_source(model)
-    proto = load_onnx(source).model
+    found = load_onnx(source)
+    proto = found.model
     if not is_quantized(proto):
         raise UnsupportedModelError(f"{source.name}: is a float model; verify takes the file that defend wrote")
     inputs = model_inputs(proto, source.name)
@@ -108,6 +109,9 @@ def verify(
     if by_name:
         options = {"--trigger": trigger, "--target-class": target_class, "--max-asr": requirements.max_asr}
         refuse_image_options(options | {"--mean, --std or --size": preprocess}, inputs)
+    elif (shape := shape_without_classes(proto)) is not None:
+        asked: dict[str, object] = {"--trigger": trigger, "--target-class": target_class}
+        refuse_rates(asked | {"--max-asr": requirements.max_asr, "--max-drop": requirements.max_drop}, shape)
     if (trigger is None) != (target_class is None):
         raise UsageError("--trigger and --target-class go together")
     if trigger is not None and data is None:
@@ -117,34 +121,39 @@ def verify(
     if requirements.max_drop is not None and data is None and not by_name:
         raise UsageError(NEEDED_FOR_DROP)
     parsed = parse_trigger(trigger) if trigger is not None else None
-    checked = _Verifier(source.name, Path(model), source.data, proto, requirements, reporter)
+    checked = _Verifier(source, found, requirements, reporter)
+    del source  # its bytes: see _defended
     checked.find_float(float_model, arch, input_shape, trust_pickle)
     needs_cda = requirements.max_drop is not None
     if by_name:
         reference = checked.source.proto if checked.source is not None else None
-        return checked.run(array_tests(data, proto, reference, source.name, needs_cda=needs_cda), threads)
+        return checked.run(array_tests(data, proto, reference, checked.name, needs_cda=needs_cda), threads)
     assert not isinstance(data, Mapping)
     dataset = None
     effective = Preprocess()
     if data is not None:
-        effective = checked.preprocess(preprocess)
+        effective = checked.preprocess(preprocess).in_layout(image_layout(inputs))
         dataset = data if isinstance(data, Dataset) else open_for(data, checked.input_shape, effective)
         if parsed is not None:
             dataset.require_labels()
+    axes = class_axes(checked.source.proto) if checked.source is not None else {}
     if needs_cda and (dataset is None or dataset.labels is None or checked.source is None):
         raise UsageError(NEEDED_FOR_DROP)
-    return checked.run(ImageTests(dataset, effective, parsed, target_class), threads)
+    return checked.run(ImageTests(dataset, effective, parsed, target_class, needs_cda, axes), threads)
 
 
 class _Verifier:
-    def __init__(
-        self, name: str, path: Path, data: bytes, proto: Any, requirements: Requirements, reporter: Reporter
-    ) -> None:
+    def __init__(self, source: Source, found: OnnxFile, requirements: Requirements, reporter: Reporter) -> None:
         from efrapq.exporters import read_quantized
 
-        self.name = name
-        self.path = path
-        self.data = data
+        proto = found.model
+        self.name = source.name
+        self.path = source.path
+        self.sha256 = source.sha256
+        self.found = found
+        # The bytes as they are in the file; with external data they are not all of the model.
+        self.data = None if found.external else source.data
+        self.bytes = len(source.data) + found.external_bytes
         self.proto = proto
         self.metadata = {p.key: p.value for p in proto.metadata_props}
         self.input_shape = image_input(proto)
@@ -155,7 +164,7 @@ class _Verifier:
         self.quantized: QuantizedModel | None = None
         self.evidence = self._read_evidence()
         try:
-            self.quantized = read_quantized(proto)
+            self.quantized = read_quantized(proto, found.outside)
         except UnsupportedModelError as exc:
             self._note(f"codes are not read back: {exc}")
 
@@ -183,6 +192,13 @@ class _Verifier:
             raise InputError(
                 f"{self.source.name}: is not the model that {self.name} was made from (its SHA-256 differs); "
                 "pass the right one with --float"
+            )
+        recorded = self.evidence.get("input", {})
+        external = recorded.get("external", self.source.external)
+        if recorded.get("sha256") == self.source.sha256 and external != self.source.external:
+            raise InputError(
+                f"{self.source.name}: its external data are not those that {self.name} was made from (their SHA-256 "
+                "differ from the evidence); pass the right model with --float"
             )
 
     def _own_image(self, arch: str | None) -> tuple[int, int, int] | None:
@@ -243,7 +259,7 @@ class _Verifier:
     def run(self, tests: ImageTests | ArrayTests, threads: int) -> Verification:
         import onnxruntime
 
-        sessions = {"defended": open_session(self.data, threads=threads)}
+        sessions = {"defended": self._defended(threads)}
         tests.require(sessions["defended"], self.name)
         comparison = self._add_references(sessions, tests, threads)
         found = tests.measure(sessions, self.reporter)
@@ -254,15 +270,14 @@ class _Verifier:
         shapes = graph_shapes(self.proto, session.optimized, tests.sizes(first, self.metadata))
         kernels = report_kernels(session.optimized, shapes)
         latency = self._latency(sessions, tests)
-        sha256 = hashlib.sha256(self.data).hexdigest()
         document: dict[str, Any] = {
             "schema": VERIFY_SCHEMA,
             "model": {
                 "path": str(self.path),
-                "sha256": sha256,
-                "bytes": len(self.data),
+                "sha256": self.sha256,
+                "bytes": self.bytes,
                 "target": self.metadata.get("efrapq.target"),
-                "matches_evidence": self._matches_evidence(sha256),
+                "matches_evidence": self._matches_evidence(),
                 "float_bytes": self.source.size or None if self.source is not None else None,
             },
             "runtime": {
@@ -275,7 +290,8 @@ class _Verifier:
             "cda": _rounded(found.cda),
             "asr": _rounded(found.asr),
             "agreement": None if found.agreement is None else round(found.agreement, 3),
-            **({} if found.outputs is None else {"outputs": found.outputs}),
+            "outputs": found.outputs,
+            "each_output": found.each_output,
             "codes": self._codes(comparison),
             "kernels": asdict(kernels),
             "weight_bytes": weight_bytes(self.proto),
@@ -295,6 +311,13 @@ class _Verifier:
         document["notes"] = list(self.notes)
         return Verification(document, tuple(self.notes))
 
+    def _defended(self, threads: int) -> Session:
+        """The session of the file itself. Its bytes are not needed after it."""
+        if self.data is None:
+            return open_model(self.proto, self.found.outside, threads=threads)
+        data, self.data = self.data, b""
+        return open_session(data, threads=threads)
+
     def _saturation(self) -> list[dict[str, Any]] | None:
         """Layers that can saturate on x86 without VNNI; None if the codes are not read back."""
         from efrapq.exporters.saturation import saturating_layers
@@ -309,14 +332,17 @@ class _Verifier:
         """Open the float model and the nearest twin beside the defended file."""
         if self.source is None:
             return None
-        from efrapq.exporters import PROFILES, export_model
+        from efrapq.exporters import PROFILES, export_parts
+        from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
         from efrapq.graph.prepare import prepare
 
-        sessions["float"] = open_session(self.source.proto.SerializeToString(), threads=threads)
+        sessions["float"] = open_model(self.source.proto, self.source.outside, threads=threads)
         tests.require(sessions["float"], self.source.name)
         if self.quantized is None:
             return None
-        reference = prepare(self.source.proto)
+        reference = prepare(self.source.proto, self.source.outside)
+        if EQUALIZED_KEY in self.metadata:
+            equalize(reference, exponents_from_json(self.metadata[EQUALIZED_KEY]))
         twin = nearest_twin(self.quantized, reference)
         if twin is None:
             self._note("the file's layers do not correspond to the float model's: no nearest twin, codes not compared")
@@ -325,14 +351,19 @@ class _Verifier:
         if target not in PROFILES:
             self._note(f"the file says that it is for the unknown target '{printable(target)}': its twin is portable")
             target = "portable"
-        data = export_model(twin, target).SerializeToString()
-        sessions["nearest"] = open_session(data, threads=threads)
+        parts = export_parts(twin, target, LARGE)
+        del twin  # of a large model, whatever is not needed any more is much
+        sessions["nearest"] = open_model(parts.graph, parts.outside, threads=threads)
         return compare_codes(self.quantized, reference)
 
-    def _matches_evidence(self, sha256: str) -> bool | None:
-        """Whether the file is, byte for byte, the one that the evidence beside it describes; None without evidence."""
-        recorded = self.evidence.get("output", {}).get("sha256")
-        return recorded == sha256 if recorded else None
+    def _matches_evidence(self) -> bool | None:
+        """Whether the file is, byte for byte, the one that the evidence beside it describes, and so its external data;
+        None without evidence.
+        """
+        recorded = self.evidence.get("output", {})
+        if not recorded.get("sha256"):
+            return None
+        return bool(recorded["sha256"] == self.sha256 and recorded.get("external", {}) == self.found.external)
 
     def _codes(self, comparison: CodeComparison | None) -> dict[str, Any]:
         """match: the digest over all codes is the one recorded when they were solved, in the file and in the evidence

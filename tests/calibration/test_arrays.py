@@ -127,11 +127,78 @@ def test_whole_arrays_have_exactly_their_shape(change: dict[str, Any], words: st
         arrays_for(arrays | change, STREAM)
 
 
-def test_a_batch_on_another_axis_is_unsupported() -> None:
-    inputs = [X, ModelInput("state", F32, (2, "N", 3))]
-    arrays = {"x": np.zeros((4, 6), np.float32), "state": np.zeros((2, 4, 3), np.float32)}
-    with pytest.raises(UnsupportedModelError, match=re.escape("'state': the model's input (2, N, 3) has a size that")):
+RECURRENT = [X, ModelInput("state", F32, (2, "N", 3)), ModelInput("rate", I64, ())]
+
+
+def recurrent(count: int) -> dict[str, Any]:
+    return {
+        "x": np.arange(6 * count, dtype=np.float32).reshape(count, 6),
+        "state": np.arange(6 * count, dtype=np.float32).reshape(2, count, 3),
+        "rate": np.int64(16_000),
+    }
+
+
+def test_a_batch_on_another_axis_has_the_model_s_layout() -> None:
+    arrays = recurrent(300)
+    found = arrays_for(arrays, RECURRENT)
+    assert len(found) == 300
+    assert found.axes == {"x": 0, "state": 1}
+    chunks = found.chunks()
+    assert [found.count(chunk) for chunk in chunks] == [128, 128, 44]
+    for axis, name in ((0, "x"), (1, "state")):
+        np.testing.assert_array_equal(np.concatenate([c[name] for c in chunks], axis), arrays[name])
+        assert all(c[name].flags.c_contiguous for c in chunks)
+    assert {name: array.shape for name, array in found.sample().items()} == {
+        "x": (1, 6),
+        "state": (2, 1, 3),
+        "rate": (),
+    }
+    chosen = np.sort(np.random.default_rng(4).permutation(300)[:20])
+    subset = found.subset(20, seed=4)
+    same(subset, {"x": arrays["x"][chosen], "state": arrays["state"][:, chosen], "rate": 16_000})
+    assert len(subset) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"state": np.zeros((2, 9, 3))}, "the arrays hold different numbers of samples: 'x' 10, 'state' 9"),
+        ({"state": np.zeros((2, 1, 3))}, "the arrays hold different numbers of samples: 'x' 10, 'state' 1"),
+        (
+            {"state": np.zeros((10, 2, 3))},
+            "array 'state' is (10, 2, 3): axis 0 has 10, not 2; the model takes (2, N, 3), axis 1 the samples",
+        ),
+        ({"state": np.zeros((2, 3))}, "array 'state' is (2, 3); the model takes (2, N, 3), axis 1 the samples"),
+        ({"state": np.zeros((2, 0, 3)), "x": np.zeros((0, 6))}, "array 'x' is empty"),
+    ],
+)
+def test_arrays_in_another_layout(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        arrays_for(recurrent(10) | change, RECURRENT, "data")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [X, ModelInput("table", F32, (2, "L", 3))],
+        [X, ModelInput("table", F32, (2, None, None))],
+        [ModelInput("x", F32, (1, 6)), ModelInput("table", F32, (2, "N", 3))],
+    ],
+    ids=["another name", "two dynamic axes", "a fixed batch"],
+)
+def test_what_is_not_certain_is_refused(inputs: list[ModelInput]) -> None:
+    words = f"'table': it is not certain which axis of the model's input {inputs[1].dims_words()} counts samples"
+    arrays = {"x": np.zeros((4, 6), np.float32), "table": np.zeros((2, 4, 3), np.float32)}
+    with pytest.raises(UnsupportedModelError, match=re.escape(words)):
         arrays_for(arrays, inputs)
+
+
+def test_dimensions_of_one_name_behind_the_samples() -> None:
+    inputs = [ModelInput("x", F32, ("N", "T")), ModelInput("past", F32, (3, "N", "T", 2))]
+    x = np.zeros((5, 4), np.float32)
+    assert arrays_for({"x": x, "past": np.zeros((3, 5, 4, 2))}, inputs).axes == {"x": 0, "past": 1}
+    with pytest.raises(DataError, match=re.escape("dimension 'T' is 4 in array 'x' but 6 in 'past'")):
+        arrays_for({"x": x, "past": np.zeros((3, 5, 6, 2))}, inputs)
 
 
 def test_a_fixed_batch_is_never_broken() -> None:
@@ -195,6 +262,20 @@ def test_a_folder_of_samples_and_batches(tmp_path: Path) -> None:
     (folder / ".hidden.npz").write_bytes(b"no archive")
     (folder / "README.txt").write_text("not data")
     same(load_arrays(folder, STREAM), {"x": x, "state": state, "rate": 8})
+
+
+def test_a_folder_with_the_batch_on_another_axis(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    arrays = recurrent(6)
+    save(folder / "a.npz", x=arrays["x"][:3], state=arrays["state"][:, :3], rate=arrays["rate"])
+    save(folder / "b.npz", x=arrays["x"][3], state=arrays["state"][:, 3], rate=arrays["rate"])
+    save(folder / "c.npz", x=arrays["x"][4:], state=arrays["state"][:, 4:], rate=arrays["rate"])
+    found = load_arrays(folder, RECURRENT)
+    same(found, arrays)
+    assert len(found) == 6
+    save(folder / "d.npz", x=arrays["x"], state=np.zeros((3, 6, 3), np.float32), rate=arrays["rate"])
+    with pytest.raises(DataError, match=re.escape("d.npz: array 'state' is (3, 6, 3) and (2, 3, 3) in the files")):
+        load_arrays(folder, RECURRENT)
 
 
 @pytest.mark.parametrize(

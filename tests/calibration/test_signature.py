@@ -10,8 +10,9 @@ from onnx import TensorProto, helper
 from efrapq.calibration.signature import (
     ModelInput,
     fixed_batch,
-    holds_samples,
+    layout_words,
     model_inputs,
+    sample_axes,
     signature_words,
     takes_images,
 )
@@ -91,23 +92,47 @@ def test_images(inputs: list[ModelInput], expected: bool) -> None:
     assert takes_images(inputs) is expected
 
 
-@pytest.mark.parametrize(
-    ("dims", "batch", "samples"),
-    [
-        ({"ids": ("N", "T"), "mask": ("N", "T")}, None, ["ids", "mask"]),
-        ({"x": ("N", 512), "state": (2, "N", 128), "rate": ()}, None, ["x"]),
-        ({"x": (1, 512), "state": (2, 1, 128), "rate": ()}, 1, ["x"]),  # a tie: the first one decides
-        ({"state": (2, 1, 128), "x": (1, 512)}, 2, ["state"]),
-        ({"x": (1, 512), "y": (1, 3), "state": (2, 1, 128)}, 1, ["x", "y"]),
-        ({"rate": ()}, None, []),
-        ({"x": None, "y": (4, 3)}, None, ["x"]),
-        ({"x": (8, 5), "y": (8, "T")}, 8, ["x", "y"]),
-    ],
-    ids=["dynamic", "state and scalar", "tie", "another tie", "most", "scalar only", "unknown rank", "fixed batch"],
-)
-def test_which_inputs_hold_samples(
-    dims: dict[str, tuple[int | str | None, ...] | None], batch: int | None, samples: list[str]
-) -> None:
+Dims = dict[str, tuple[int | str | None, ...] | None]
+AXES: dict[str, tuple[Dims, int | None, dict[str, int]]] = {
+    # dimensions by input, the fixed batch, and the axis of samples of the inputs that have one
+    "dynamic": ({"ids": ("N", "T"), "mask": ("N", "T")}, None, {"ids": 0, "mask": 0}),
+    "scalar": ({"x": ("N", 512), "rate": ()}, None, {"x": 0}),
+    "scalar only": ({"rate": ()}, None, {}),
+    "unknown rank": ({"x": None, "y": (4, 3)}, None, {"x": 0}),
+    "fixed": ({"x": (8, 5), "y": (8, "T")}, 8, {"x": 0, "y": 0}),
+    "fixed, and a state": ({"x": (1, 512), "y": (1, 3), "state": (2, 1, 128)}, 1, {"x": 0, "y": 0}),
+    "a tie: the first one decides": ({"x": (1, 512), "state": (2, 1, 128)}, 1, {"x": 0}),
+    "another tie": ({"state": (2, 1, 128), "x": (1, 512)}, 2, {"state": 0}),
+    # The batch behind the first axis.
+    "one name": ({"x": ("N", 512), "state": (2, "N", 128)}, None, {"x": 0, "state": 1}),
+    "the state in front": ({"state": (2, "N", 128), "x": ("N", 512)}, None, {"x": 0, "state": 1}),
+    "no names": ({"x": (None, None), "state": (2, None, 128)}, None, {"x": 0, "state": 1}),
+    "the only dynamic one": ({"x": ("N", 512), "state": (2, None, 128)}, None, {"x": 0, "state": 1}),
+    "the only name": ({"x": (None, None), "state": (2, "N", 128)}, None, {"x": 0, "state": 1}),
+    "last axis": ({"x": ("N", 512), "state": (128, "N")}, None, {"x": 0, "state": 1}),
+    "by name among several": ({"x": ("N", "T"), "past": (12, "N", 4, "P", 64)}, None, {"x": 0, "past": 1}),
+    "unknown rank beside": ({"x": None, "state": (2, None, 128)}, None, {"x": 0, "state": 1}),
+    # What the names contradict, or leave open.
+    "another name": ({"x": ("N", 512), "table": (4, "L", 8)}, None, {"x": 0}),
+    "a name from elsewhere": ({"x": (None, "T"), "table": (4, "T")}, None, {"x": 0}),
+    "two without a name": ({"x": ("N", 512), "past": (12, None, 4, None)}, None, {"x": 0}),
+    "the name twice": ({"x": ("N", 512), "pairs": (2, "N", "N")}, None, {"x": 0}),
+    "a fixed batch beside": ({"x": (1, 512), "state": (2, "N", 128)}, 1, {"x": 0}),
+    "no input with samples in front": ({"x": (16, "N", 64)}, 16, {"x": 0}),
+}
+
+
+@pytest.mark.parametrize(("dims", "batch", "axes"), AXES.values(), ids=AXES.keys())
+def test_which_axes_count_samples(dims: Dims, batch: int | None, axes: dict[str, int]) -> None:
     inputs = [ModelInput(name, F32, d) for name, d in dims.items()]
     assert fixed_batch(inputs) == batch
-    assert [i.name for i in inputs if holds_samples(i, batch)] == samples
+    assert sample_axes(inputs) == dict.fromkeys(dims) | axes
+
+
+def test_the_layout_in_words() -> None:
+    inputs = [ModelInput("x", F32, ("N", 512)), ModelInput("rate", I64, ())]
+    assert layout_words(inputs) == "first axis the samples: 'x' float32 (N, 512), 'rate' int64 ()"
+    inputs.insert(1, ModelInput("state", F32, (2, "N", 8)))
+    assert layout_words(inputs) == (
+        "first axis the samples (of 'state' axis 1): 'x' float32 (N, 512), 'state' float32 (2, N, 8), 'rate' int64 ()"
+    )

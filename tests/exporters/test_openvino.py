@@ -139,6 +139,21 @@ def test_small_networks(
     assert np.median(np.abs(ours - theirs)) <= 0.02 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("axes", [1, 3], ids=["1-D", "3-D"])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)], ids=lambda b: f"W{b[0]}A{b[1]}")
+def test_convolutions_over_one_and_three_axes(
+    block_over: Any, smooth: Any, quantize: Any, run_ort: Any, axes: int, bits: tuple[int, int]
+) -> None:
+    made = quantize(block_over(axes), smooth(axes, 24), bits=bits[0], act_bits=bits[1])
+    proto = made.export("openvino")
+    compiled = Compiled(proto.SerializeToString())
+    assert floats(compiled) == 0
+    assert compiled.precisions()["Convolution"].total() == 5
+    x = smooth(axes, 16, seed=4)
+    ours, theirs = compiled.logits(x), run_ort(proto, x, optimized=False)[0]
+    assert np.median(np.abs(ours - theirs)) <= 0.02 * np.abs(theirs).max()
+
+
 def test_clipped_codes_are_computed_otherwise(samples: Dataset) -> None:
     """Why 4-bit activations are widened. If this fails, OpenVINO has learned it, and they may be clipped again."""
     calibration = load_dataset(weights.SAMPLES, split="calib")

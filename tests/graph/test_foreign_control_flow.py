@@ -180,3 +180,36 @@ def test_a_loop_of_endless_trips_is_refused(foreign: Any) -> None:
     text = LOOP.replace("(t0, , r)", "(trips, , r)")
     with pytest.raises(LimitError, match="trips"):
         prepare(foreign(text, BRANCH_WEIGHTS | {"trips": np.array(2**63 - 1)}))
+
+
+CONSTANT_CONDITION = """
+net (float[N,3,8,8] x) => (float[N,5] y)
+{
+    c = Conv <pads=[1,1,1,1]> (x, w1, b1)
+    r = Relu (c)
+    d = If (yes) <
+        then_branch = then () => (float[N,4,8,8] d1) {
+            e = Neg (r)  m = ReduceMean <keepdims=0> (x)  g = Greater (m, zero)
+            d1 = If (g) <
+                then_branch = bright () => (float[N,4,8,8] d3) { d3 = Tanh (e) },
+                else_branch = dark () => (float[N,4,8,8] d4) { d4 = Identity (e) }
+            >
+        },
+        else_branch = other () => (float[N,4,8,8] d2) { d2 = Sigmoid (r) }
+    >
+    p = GlobalAveragePool (d)
+    f = Flatten (p)
+    y = Gemm <transB=1> (f, fc, fcb)
+}
+"""
+
+
+def test_a_branch_that_the_simplifier_cannot_take_apart(foreign: Any, defended: Any, images: Any) -> None:
+    """onnxsim would put the inner If ahead of what it reads. The If stays, and the layers around it are quantized."""
+    proto = foreign(
+        CONSTANT_CONDITION,
+        {k: v for k, v in BRANCH_WEIGHTS.items() if k not in ("none", "w2")} | {"yes": np.array([True])},
+    )
+    result = defended(proto, images(48))
+    assert result.kinds == {"Conv": 1, "Gemm": 1}
+    assert result.left_float == {}

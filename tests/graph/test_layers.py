@@ -39,7 +39,10 @@ QUANTIZED = {
     "Conv without bias": (("Conv", (6, 4, 3, 3)), {}, 0, 1, True),
     "Conv in groups": (("Conv", (6, 2, 3, 3), (6,)), {"group": 2}, 0, 2, True),
     "Conv VALID": (("Conv", (6, 4, 3, 3)), {"auto_pad": "VALID"}, 0, 1, True),
+    "one-dimensional Conv": (("Conv", (6, 4, 3), (6,)), {}, 0, 1, True),
+    "three-dimensional Conv": (("Conv", (6, 2, 3, 1, 3), (6,)), {"group": 2}, 0, 2, True),
     "ConvTranspose": (("ConvTranspose", (4, 3, 2, 2), (6,)), {"group": 2}, 1, 2, False),
+    "one-dimensional ConvTranspose": (("ConvTranspose", (4, 6, 2)), {}, 1, 1, False),
     "Gemm": (("Gemm", (4, 5), (5,)), {}, 1, 1, True),
     "Gemm transB": (("Gemm", (5, 4), (5,)), {"transB": 1}, 0, 1, True),
     "Gemm with a row as bias": (("Gemm", (4, 5), (1, 5)), {}, 1, 1, True),
@@ -67,8 +70,8 @@ def test_quantized(graph: Callable[..., ir.Graph], case: Any) -> None:
 
 
 SKIPPED = {
-    "one-dimensional Conv": (("Conv", (6, 4, 3)), {}, "1 spatial axes"),
-    "three-dimensional Conv": (("Conv", (6, 4, 3, 3, 3)), {}, "3 spatial axes"),
+    "four-dimensional Conv": (("Conv", (6, 4, 3, 3, 3, 3)), {}, "over one to three axes are quantized, this one has 4"),
+    "Conv over nothing": (("Conv", (6, 4)), {}, "this one has 0"),
     "SAME_UPPER": (("Conv", (6, 4, 3, 3)), {"auto_pad": "SAME_UPPER"}, "auto_pad"),
     "output_shape": (("ConvTranspose", (4, 3, 2, 2)), {"output_shape": [9, 9]}, "output_shape"),
     "transA": (("Gemm", (4, 5)), {"transA": 1}, "transA"),

@@ -61,6 +61,37 @@ def test_conv_transpose(foreign: Any, run_ort: Any, attributes: str) -> None:
     assert np.abs(actual - expected).max() < 1e-5
 
 
+LINE, VOLUME = "9", "5,6,4"
+
+
+@pytest.mark.parametrize(
+    ("op", "size", "attributes"),
+    [
+        ("Conv", LINE, 'auto_pad="SAME_UPPER", strides=[2]'),
+        ("Conv", LINE, 'auto_pad="SAME_LOWER", strides=[4]'),
+        ("Conv", VOLUME, 'auto_pad="SAME_UPPER", strides=[2,1,3]'),
+        ("Conv", VOLUME, 'auto_pad="VALID", strides=[1,2,1]'),
+        ("ConvTranspose", LINE, 'auto_pad="SAME_LOWER", strides=[2]'),
+        ("ConvTranspose", LINE, "output_shape=[18], strides=[2]"),
+        ("ConvTranspose", VOLUME, 'auto_pad="SAME_UPPER", strides=[2,2,1]'),
+        ("ConvTranspose", VOLUME, "output_shape=[10,12,5], output_padding=[1,0,0], strides=[2,2,1]"),
+    ],
+)
+def test_one_and_three_axes(foreign: Any, run_ort: Any, op: str, size: str, attributes: str) -> None:
+    axes = len(size.split(","))
+    sizes = ",".join(f"S{i}" for i in range(axes))
+    text = f"net (float[N,2,{size}] x) => (float[N,4,{sizes}] y) {{ y = {op} <{attributes}> (x, w) }}"
+    proto = foreign(text, {"w": ((4, 2) if op == "Conv" else (2, 4)) + (3,) * axes})
+    model, node = prepared(proto)
+    assert {"auto_pad", "output_shape"}.isdisjoint(node.attributes)
+    (layer,), _ = find_layers(model.graph)
+    assert layer.op_type == op
+    x = np.random.default_rng(0).standard_normal((2, 2, *map(int, size.split(","))), np.float32)
+    (expected,), (actual,) = run_ort(proto, x), run_ort(ir.to_proto(model), x)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() < 1e-5
+
+
 def test_a_dynamic_size_matters_only_with_a_stride(foreign: Any) -> None:
     _, node = prepared(conv(foreign, "Conv", "H,W", 'auto_pad="SAME_UPPER"'))
     assert node.attributes.get_ints("pads") == (1, 1, 1, 1)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +214,23 @@ def test_really_read_only_directory(tmp_path: Path) -> None:
         write_atomic(tmp_path / "out", b"x")
     assert time.monotonic() - start < 1
     tmp_path.chmod(0o700)
+
+
+def test_a_file_may_come_in_pieces(tmp_path: Path) -> None:
+    pieces = iter([b"one", memoryview(b" two"), b"", b" three"])
+    write_all({tmp_path / "a": pieces, tmp_path / "b": b"whole"})
+    assert (tmp_path / "a").read_bytes() == b"one two three"
+    assert (tmp_path / "b").read_bytes() == b"whole"
+
+
+def test_pieces_that_cannot_be_made_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_all({tmp_path / "b": b"whole", tmp_path / "a": pieces()})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
