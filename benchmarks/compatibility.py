@@ -4,9 +4,9 @@
 
 Every .onnx file in FOLDER is defended for ort-x86 (8-bit activations) in a process of its own with a time limit, and
 the result is run in ONNX Runtime beside the float file, on samples that did not calibrate it. Samples: NAME.calib.npz
-beside the model, one array per input of the model, first axis the samples; without it the model gets photographs
-(see common.py), resized to what it takes. FOLDER/sources.json says, by file name, where a model comes from:
-{"source", "licence"}, and for photographs {"mean", "std", "size", "trained"}, all optional.
+beside the model, one array per input of the model in its layout (samples on the batch axis, mostly the first); without
+it the model gets photographs (see common.py), resized to what it takes. FOLDER/sources.json says, by file name, where
+a model comes from: {"source", "licence"}, and for photographs {"mean", "std", "size", "trained"}, all optional.
 Writes results/compatibility.json as it goes; --page writes docs/COMPATIBILITY.md from it.
 """
 
@@ -51,11 +51,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of a model by name; calibration and test samples have nothing in common. kind: what they are, in words."""
+    """Inputs of a model by name; calibration and test samples have nothing in common. kind: what they are, in words.
+    count: of those that calibrate.
+    """
 
     calibration: Dataset | dict[str, Array]
     test: Arrays
     kind: str
+    count: int
 
 
 def samples_for(path: Path, inputs: Sequence[ModelInput], count: int, about: Mapping[str, Any]) -> Samples:
@@ -67,11 +70,8 @@ def samples_for(path: Path, inputs: Sequence[ModelInput], count: int, about: Map
         whole = arrays_for(arrays, inputs)
         # As many calibrate as test where there are few.
         calibrate = min(count, len(whole) // 2)
-        return Samples(
-            {name: array[:calibrate] if name in whole.by_sample else array for name, array in arrays.items()},
-            arrays_for({n: a[calibrate:] if n in whole.by_sample else a for n, a in arrays.items()}, inputs),
-            "arrays",
-        )
+        first, rest = whole.take(np.arange(calibrate)), whole.take(np.arange(calibrate, len(whole)))
+        return Samples({**first.by_sample, **first.whole}, rest, "arrays", calibrate)
     folder = shared_folder()
     if folder is None or not takes_images(inputs):
         raise SystemExit(f"{path.name}: no samples: put {beside.name} beside it, or set EFRAPQ_SHARED for photographs")
@@ -83,6 +83,7 @@ def samples_for(path: Path, inputs: Sequence[ModelInput], count: int, about: Map
         {inputs[0].name: calibration} if channels_last else Dataset.from_arrays(calibration, None, "photographs"),
         arrays_for({inputs[0].name: photographs[count:]}, inputs),
         "photographs",
+        len(calibration),
     )
 
 
@@ -101,11 +102,23 @@ def images(folder: Path, given: ModelInput, count: int, about: Mapping[str, Any]
 
 
 def run(data: bytes, test: Arrays) -> tuple[dict[str, Array], onnx.ModelProto]:
-    """All outputs over all test samples, runs joined on the first axis; and the graph as ONNX Runtime optimized it."""
+    """All outputs over all test samples, and the graph as ONNX Runtime optimized it."""
     session = open_session(data, threads=1)
     names = [str(o.name) for o in session.raw.get_outputs()]
-    parts = [session.raw.run(None, chunk) for chunk in test.chunks()]
-    return {n: np.concatenate([np.atleast_1d(p[i]) for p in parts]) for i, n in enumerate(names)}, session.optimized
+    chunks = test.chunks()
+    counts = [test.count(chunk) for chunk in chunks]
+    outputs = zip(*(session.raw.run(None, chunk) for chunk in chunks), strict=True)
+    return {name: joined(parts, counts) for name, parts in zip(names, outputs, strict=True)}, session.optimized
+
+
+def joined(parts: Sequence[Array], counts: Sequence[int]) -> Array:
+    """An output of all runs, on its first axis that has as many entries in each as the run has samples; that comes to
+    the front. An output without one is joined as it is.
+    """
+    parts = [np.atleast_1d(part) for part in parts]
+    fit = (a for a in range(parts[0].ndim) if all(p.shape[a] == c for p, c in zip(parts, counts, strict=True)))
+    axis = next(fit, 0)
+    return np.concatenate([np.moveaxis(part, axis, 0) for part in parts])
 
 
 def compared(reference: Mapping[str, Array], found: Mapping[str, Array]) -> dict[str, Any]:
@@ -181,7 +194,7 @@ def attempt(path: Path, bits: int, count: int, about: Mapping[str, Any]) -> dict
     kernels = report_kernels(optimized)
     return {
         "outcome": "quantized",
-        "samples": {"kind": samples.kind, "calibration": count_of(samples.calibration)},
+        "samples": {"kind": samples.kind, "calibration": samples.count},
         "layers": len(made.quantized.layers),
         "float_activations": sum(layer.input not in made.quantized.activations for layer in made.quantized.layers),
         "skipped": dict(Counter(f"{s.op_type}: {s.reason}" for s in skipped)),
@@ -194,10 +207,6 @@ def attempt(path: Path, bits: int, count: int, about: Mapping[str, Any]) -> dict
         "bytes": len(made.data),
         **compared(reference, found),
     }
-
-
-def count_of(calibration: Dataset | dict[str, Array]) -> int:
-    return len(calibration) if isinstance(calibration, Dataset) else max(len(a) for a in calibration.values() if a.ndim)
 
 
 def child(path: Path, bits: int, count: int, timeout: float) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """ImageNet MobileNetV2 with 4- and 8-bit weights: what each remedy for what it loses is worth.
 
-    python benchmarks/mobilenet.py [--only VARIANT …] [--list]
+    python benchmarks/mobilenet.py [--only VARIANT …] [--list] [--report]
 
 The images are cut into two halves. Each variant is calibrated on images of one half and measured on the whole of the
 other, then the other way round, so that every image is held out once: agreement is top-1 agreement with the float
-file over all of them, in ONNX Runtime; SQNR is that of the logits. Three things are tried here that efrapq does not
-offer: cross-layer equalization and bias correction (Nagel et al. 2019, arXiv 1906.04721), and bringing the channels of
-residual streams to one range. Writes results/mobilenet.json as it goes; what is there is not measured again.
+file over all of them, in ONNX Runtime; SQNR is that of the logits. Two things are tried here that efrapq does not
+offer: cross-layer equalization as published and bias correction (Nagel et al. 2019, arXiv 1906.04721). Writes
+results/mobilenet.json as it goes; what is there is not measured again. --report writes docs/ACCURACY.md of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.common import RESULTS, imagenet_mobilenet, machine, save, shared_folder, show
+from benchmarks.common import (
+    RESULTS,
+    imagenet_mobilenet,
+    machine,
+    markdown,
+    save,
+    shared_folder,
+    show,
+    write_page,
+)
+from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
 from efrapq.data import Dataset, Preprocess
 from efrapq.device import exact_convolutions
 from efrapq.exporters import export_model
 from efrapq.graph import constants as const
+from efrapq.graph.equalize import Exponents
+from efrapq.graph.equalize import equalize as scale_channels
 from efrapq.graph.executor import Executor
 from efrapq.graph.layers import Layer, bias_array, find_layers, weight_array
 from efrapq.graph.placement import activation_after, place
@@ -58,9 +70,9 @@ IMAGENET_CLASSES = np.array([0, 217, 482, 491, 497, 566, 569, 571, 574, 701])
 class Variant:
     """One way to quantize. solver: "" is the default, "fit" is lambda_E = 0, "nearest" rounds to nearest.
 
-    equalize: "" does not; "within" keeps every Clip and moves no channel past it; "relu" makes every Clip a Relu
-    first, as the paper does. streams: how far the channels of residual streams are brought to one range, 0 to 1.
-    correct: biases take up the mean error of their layer. depthwise_bits: of depthwise weights, 0 as all others.
+    equalize: "" does not; "spans" is efrapq's --equalize; "within" is the paper's, but keeps every Clip and moves no
+    channel past it; "relu" makes every Clip a Relu first, as the paper does. correct: biases take up the mean error of
+    their layer. depthwise_bits: of depthwise weights, 0 as all others.
     """
 
     bits: int = 4
@@ -73,7 +85,6 @@ class Variant:
     equalize: str = ""
     correct: bool = False
     depthwise_bits: int = 0
-    streams: float = 0.0
 
 
 AS_IS = Variant()
@@ -86,9 +97,13 @@ VARIANTS = {
     "W8A8, act-range mse": replace(W8, act_range="mse"),
     "W8A8, equalized within the clips": replace(W8, equalize="within"),
     "W8A8, bias correction": replace(W8, correct=True),
-    "W8A8, streams 0.5": replace(W8, streams=0.5),
-    "W8A8, streams 1": replace(W8, streams=1.0),
-    "W8A8, streams 0.5, act-range mse": replace(W8, streams=0.5, act_range="mse"),
+    "W8A8, --equalize": replace(W8, equalize="spans"),
+    "W8A8, --equalize, nearest": replace(W8, equalize="spans", solver="nearest"),
+    "W8A8, --equalize, act-range percentile": replace(W8, equalize="spans", act_range="percentile"),
+    "W8A8, --equalize, act-range mse": replace(W8, equalize="spans", act_range="mse"),
+    "W8A8, --equalize, act-range mse, lambda_E = 0": replace(W8, equalize="spans", act_range="mse", solver="fit"),
+    "W8A8, --equalize, act-range mse, 200 images": replace(W8, equalize="spans", act_range="mse", images=200),
+    "W8A8, --equalize, act-range mse, bias correction": replace(W8, equalize="spans", act_range="mse", correct=True),
     "W8, float activations": replace(W8, act_bits=32),
     "as is": AS_IS,
     "W4, float activations": replace(AS_IS, act_bits=32),
@@ -103,10 +118,11 @@ VARIANTS = {
     "act-range mse": replace(AS_IS, act_range="mse"),
     "equalized within the clips": replace(AS_IS, equalize="within"),
     "equalized, clips made Relu": replace(AS_IS, equalize="relu"),
-    "streams 0.5": replace(AS_IS, streams=0.5),
-    "streams 0.25": replace(AS_IS, streams=0.25),
-    "streams 0.5, act-range mse": replace(AS_IS, streams=0.5, act_range="mse"),
-    "streams 0.5, depthwise 8 bits": replace(AS_IS, streams=0.5, depthwise_bits=8),
+    "--equalize": replace(AS_IS, equalize="spans"),
+    "--equalize, nearest": replace(AS_IS, equalize="spans", solver="nearest"),
+    "--equalize, act-range mse": replace(AS_IS, equalize="spans", act_range="mse"),
+    "--equalize, act-range mse, scale mse": replace(AS_IS, equalize="spans", act_range="mse", scale="mse"),
+    "--equalize, scale mse": replace(AS_IS, equalize="spans", scale="mse"),
     "bias correction": replace(AS_IS, correct=True),
     "nearest, bias correction": replace(AS_IS, solver="nearest", correct=True),
     "depthwise 8 bits": replace(AS_IS, depthwise_bits=8),
@@ -197,6 +213,15 @@ class Pair:
         return np.inf if high is None else float(high.reshape(-1)[0])
 
 
+def exponents(model: ir.Model, chunks: list[Tensor], variant: Variant) -> Exponents:
+    """The factors of efrapq's own --equalize."""
+    layers, _ = find_layers(model.graph)
+    edges = {layers[0].name, layers[-1].name}
+    bits = {layer.name: variant.edge_bits if layer.name in edges else variant.bits for layer in layers}
+    placement = place(model.graph, layers, variant.act_bits)
+    return choose_exponents(model, layers, bits, placement, chunks, torch.device("cpu"))
+
+
 def pairs(layers: list[Layer]) -> Iterator[Pair]:
     by_node = {layer.node_name: layer for layer in layers}
     for first in layers:
@@ -207,16 +232,14 @@ def pairs(layers: list[Layer]) -> Iterator[Pair]:
             yield Pair(first, second, between)
 
 
-def peaks(
-    model: ir.Model, names: list[str], chunks: list[Tensor], *, magnitude: bool = False
-) -> dict[str, NDArray[np.float64]]:
-    """The largest value, or magnitude, of each channel over the images."""
+def peaks(model: ir.Model, names: list[str], chunks: list[Tensor]) -> dict[str, NDArray[np.float64]]:
+    """The largest value of each channel over the images."""
     executor = Executor(model)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for x in chunks:
             for name, value in executor.run({str(model.graph.inputs[0].name): x}, names).items():
-                peak = (value.abs() if magnitude else value).amax((0, 2, 3))
+                peak = value.amax((0, 2, 3))
                 found[name] = torch.maximum(found[name], peak) if name in found else peak
     return {name: peak.double().numpy() for name, peak in found.items()}
 
@@ -265,78 +288,6 @@ def equalize(model: ir.Model, chunks: list[Tensor], relu: bool) -> None:
             const.replace_input(graph, layer.node, 2, layer.bias, bias.astype(np.float32))
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Values that Adds tie together: one factor a channel holds for all. written, read: by these convolutions."""
-
-    values: tuple[str, ...]
-    written: tuple[Layer, ...]
-    read: tuple[Layer, ...]
-
-
-def streams(graph: ir.Graph, layers: list[Layer]) -> list[Stream]:
-    """Linear streams: convolutions without an activation function write them, Adds and convolutions read them."""
-    by_node = {layer.node_name: layer for layer in layers if layer.op_type == "Conv" and layer.groups == 1}
-    owner: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while owner.setdefault(name, name) != name:
-            name = owner[name]
-        return name
-
-    for node in graph:
-        if node.op_type == "Add":
-            for value in (*node.inputs, *node.outputs):
-                assert value is not None
-                owner[find(str(value.name))] = find(str(node.outputs[0].name))
-        elif str(node.name) in by_node:
-            find(str(node.outputs[0].name))
-    values = {str(o.name): o for node in graph for o in node.outputs}
-    members: dict[str, list[str]] = {}
-    for name in owner:
-        members.setdefault(find(name), []).append(name)
-    found = []
-    for names in members.values():
-        held = [values[name] for name in names if name in values]
-        makers = [value.producer() for value in held]
-        uses = [use for value in held for use in value.uses()]
-        written = [by_node.get(str(node.name)) for node in makers if node is not None and node.op_type != "Add"]
-        read = [by_node.get(str(use.node.name)) for use in uses if use.node.op_type != "Add"]
-        closed = len(held) == len(names) and all(use.idx == 0 for use in uses if use.node.op_type != "Add")
-        if closed and written and read and None not in written and None not in read:
-            found.append(Stream(tuple(names), tuple(filter(None, written)), tuple(filter(None, read))))
-    return found
-
-
-def equalize_streams(model: ir.Model, chunks: list[Tensor], exponent: float) -> None:
-    """Divide each channel of a linear stream by s = peak^a / weight^(1 - a), and multiply what reads it by s: exact.
-
-    peak: the channel's largest magnitude over the images; weight: of what reads it. As Xiao et al. 2022, arXiv
-    2211.10438, equation 4, in whose networks a LayerNormalization takes up the division.
-    """
-    layers, _ = find_layers(model.graph)
-    found = streams(model.graph, layers)
-    reached = peaks(model, [name for stream in found for name in stream.values], chunks, magnitude=True)
-    for stream in found:
-        peak = np.max([reached[name] for name in stream.values], axis=0)
-        weight = np.max([np.abs(weight_array(model.graph, layer)).max((0, 2, 3)) for layer in stream.read], axis=0)
-        used = (peak > 0) & (weight > 0)
-        s = np.where(used, peak, 1) ** exponent / np.where(used, weight, 1) ** (1 - exponent)
-        s = np.where(used, s, 1)
-        for layer in stream.written:
-            w, b = weight_array(model.graph, layer), bias_array(model.graph, layer)
-            const.replace_input(
-                model.graph, layer.node, 1, layer.weight, (w / s[:, None, None, None]).astype(np.float32)
-            )
-            if b is not None and layer.bias is not None:
-                const.replace_input(model.graph, layer.node, 2, layer.bias, (b / s).astype(np.float32))
-        for layer in stream.read:
-            w = weight_array(model.graph, layer)
-            const.replace_input(
-                model.graph, layer.node, 1, layer.weight, (w * s[None, :, None, None]).astype(np.float32)
-            )
-
-
 def _clip_to_relu(graph: ir.Graph, clip: ir.Node) -> None:
     relu = ir.node("Relu", [clip.inputs[0]], name=clip.name)
     old, new = clip.outputs[0], relu.outputs[0]
@@ -372,10 +323,10 @@ def measure(
         model = prepare(proto)
         chunks, _ = real_inputs(calibration, input_shape(model, "model"), preprocess, "model")
         started = time.perf_counter()
-        if variant.equalize:
+        if variant.equalize == "spans":
+            scale_channels(model, exponents(model, chunks, variant))
+        elif variant.equalize:
             equalize(model, chunks, variant.equalize == "relu")
-        if variant.streams:
-            equalize_streams(model, chunks, variant.streams)
         equalized = ir.to_proto(model).SerializeToString()
         quantized, flipped = quantize(model, chunks, variant)
         seconds += time.perf_counter() - started
@@ -386,7 +337,7 @@ def measure(
         agree += int((got.argmax(1) == want.argmax(1)).sum())
         right += int((got.argmax(1) == labels).sum())
         float_right += int((want.argmax(1) == labels).sum())
-        if variant.equalize or variant.streams:
+        if variant.equalize:
             float_agree += int((logits(equalized, held_out, preprocess).argmax(1) == want.argmax(1)).sum())
         signal += float(np.square(want.astype(np.float64)).sum())
         noise += float(np.square((want - got).astype(np.float64)).sum())
@@ -399,7 +350,7 @@ def measure(
         "agreement": 100 * agree / count,
         "accuracy": 100 * right / count,
         "float_accuracy": 100 * float_right / count,
-        "float_agreement": 100 * float_agree / count if variant.equalize or variant.streams else None,
+        "float_agreement": 100 * float_agree / count if variant.equalize else None,
         "sqnr_db": 10 * float(np.log10(signal / noise)),
         "flipped": float(np.mean(flips)),
         "bytes": size,
@@ -411,9 +362,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="print the variants' names and stop")
+    parser.add_argument("--report", action="store_true", help="write docs/ACCURACY.md of what was measured")
     args = parser.parse_args()
     if args.list:
         print("\n".join(VARIANTS))
+        return
+    path = RESULTS / "mobilenet.json"
+    document = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if args.report:
+        write_report(document)
         return
     folder = shared_folder()
     if folder is None:
@@ -425,14 +382,24 @@ def main() -> None:
     everything = range(len(network.data))
     data = Dataset.from_arrays(network.data.raw(everything), network.data.require_labels(), network.data.name)
     truth = logits(proto.SerializeToString(), data, network.preprocess)
-    path = RESULTS / "mobilenet.json"
-    document = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     document["machine"] = machine()
     for name in args.only:
         if document["rows"].get(name, {}).get("variant") != asdict(VARIANTS[name]):
             document["rows"][name] = measure(VARIANTS[name], proto, data, network.preprocess, truth)
             save("mobilenet", document)
-    rows = [
+    any_row = next(iter(document["rows"].values()))
+    title = (
+        f"ImageNet MobileNetV2, {any_row['images']} held-out images, float accuracy {any_row['float_accuracy']:.2f} %"
+    )
+    show(title, HEADER, table(document, args.only))
+
+
+HEADER = ("W4A8 unless it says", "agreement %", "accuracy %", "SQNR dB", "flipped %", "KiB", "scaled float agrees %")
+
+
+def table(document: dict[str, Any], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """What was measured of these variants, in their order."""
+    return [
         (
             name,
             f"{found['agreement']:.2f}",
@@ -442,23 +409,23 @@ def main() -> None:
             f"{found['bytes'] / 1024:,.0f}",
             "" if found["float_agreement"] is None else f"{found['float_agreement']:.2f}",
         )
-        for name, found in document["rows"].items()
-        if name in args.only
+        for name in names
+        if (found := document["rows"].get(name)) is not None
     ]
+
+
+def write_report(document: dict[str, Any]) -> None:
+    """docs/ACCURACY.md."""
+    wide = [name for name, variant in VARIANTS.items() if variant.bits == 8]
+    narrow = [name for name, variant in VARIANTS.items() if variant.bits == 4]
     any_row = next(iter(document["rows"].values()))
-    header = (
-        "W4A8 unless it says",
-        "agreement %",
-        "accuracy %",
-        "SQNR dB",
-        "flipped %",
-        "KiB",
-        "its float model agrees %",
-    )
-    title = (
-        f"ImageNet MobileNetV2, {any_row['images']} held-out images, float accuracy {any_row['float_accuracy']:.2f} %"
-    )
-    show(title, header, rows)
+    parts = {
+        "images": str(any_row["images"]),
+        "float": f"{any_row['float_accuracy']:.2f}",
+        "W8A8": markdown(HEADER, table(document, wide)),
+        "W4A8": markdown(HEADER, table(document, narrow)),
+    }
+    write_page("ACCURACY", parts)
 
 
 if __name__ == "__main__":
