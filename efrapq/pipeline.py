@@ -395,7 +395,7 @@ def _solve(
             images, calibration = real_inputs(data, shape, preprocess, source.name)
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
     placement = place(model.graph, layers, act_bits, settings.edge_bits)
-    record = {}
+    record: dict[str, str] = {}
     if equalize:
         layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
     journal = None

@@ -91,7 +91,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory, net: Any, images: Callable[.
 
 
 def interrupted(bench: Bench, output: Path, after: int, how: signal.Signals) -> tuple[int, str]:
-    """Run in a process of its own, and send it the signal when so many layers are kept. Exit code and stderr."""
+    """Run in a process of its own, and send it the signal when so many layers are kept. Exit code and stderr.
+
+    On a busy machine a run can end before the signal reaches it, which tests nothing: it is run again.
+    """
+    for _ in range(5):
+        code, err = _signalled(bench, output, after, how)
+        if not output.exists():
+            break
+        output.unlink()
+        output.with_suffix(".json").unlink()
+    assert after <= len(solved(output)) < LAYERS, "the signal came too late to test anything"
+    assert not output.exists()
+    return code, err
+
+
+def _signalled(bench: Bench, output: Path, after: int, how: signal.Signals) -> tuple[int, str]:
     process = subprocess.Popen(
         [sys.executable, "-c", "from efrapq.cli.main import main; main()", *bench.arguments(output)],
         stdout=subprocess.DEVNULL,
@@ -102,7 +117,8 @@ def interrupted(bench: Bench, output: Path, after: int, how: signal.Signals) -> 
     try:
         deadline = time.monotonic() + 120
         while len(solved(output)) < after:
-            assert process.poll() is None, process.communicate()[1]
+            if process.poll() is not None:
+                break
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(how)
@@ -110,8 +126,7 @@ def interrupted(bench: Bench, output: Path, after: int, how: signal.Signals) -> 
     finally:
         process.kill()
         process.wait()
-    assert after <= len(solved(output)) < LAYERS, "the signal came too late to test anything"
-    assert not output.exists()
+    assert process.returncode in (0, -how, 130), err
     return process.returncode, err
 
 

@@ -73,7 +73,7 @@ class _Reader:
         """w_c: what the rounding noise of each channel adds to the output, (channels,)."""
         energy = np.square(self.weight).sum(2) / self.unit
         index = np.broadcast_to(self.index, energy.shape)
-        return np.bincount(index.reshape(-1), energy.reshape(-1), channels)
+        return np.bincount(index.reshape(-1), energy.reshape(-1), channels).astype(np.float64)
 
     def own_noise(self, factors: Floats) -> float:
         """What the rounding of its weights adds to the output."""
@@ -118,8 +118,8 @@ def _reader(model: ir.Model, layer: Layer, span: Span, bits: int, seen: Mapping[
     weight = np.abs(weight_array(model.graph, layer).astype(np.float64))
     weight = weight if layer.channel_axis == 0 else weight.T
     weight = weight.reshape(*weight.shape[:2], -1)
-    channel = over_inputs(layer, np.arange(span.channels))
-    index = channel.reshape(1, -1) if layer.op_type == "Gemm" else channel.reshape(channel.shape[:2])
+    channel = over_inputs(layer, np.arange(span.channels, dtype=np.int64))
+    index = channel.reshape(1, -1) if layer.op_type == "Gemm" else channel.reshape(channel.shape[0], -1)
     # Behind a Flatten a channel is a run of inputs.
     square = seen[layer.input].square.reshape(span.channels, -1).mean(1)
     unit = len(weight) * max(seen[layer.output].spread, np.finfo(np.float64).tiny)
@@ -146,7 +146,8 @@ def _exponents(
 
     share = min(SHARES, key=lambda a: cost(full**a))
     # Down, so that nothing passes a limit.
-    return np.clip(np.floor(STEPS * share * np.log2(full) + 1e-9), -128, 127).astype(np.int8)
+    steps: Floats = np.floor(STEPS * share * np.log2(full) + 1e-9)
+    return np.clip(steps, -128, 127).astype(np.int8)
 
 
 def _activation_noise(high: Floats, low: Floats, weight: Floats, codes: Floats, factors: Floats) -> float:
@@ -163,7 +164,7 @@ def _watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device:
     sums: dict[str, Tensor] = {}
     with torch.no_grad():
         for chunk in chunks:
-            for piece in chunk.split(PIECE):
+            for piece in torch.split(chunk, PIECE):
                 for value, x in executor.run({name: piece.to(device)}, values).items():
                     # One image's channel is one run of memory: reduced there first, and exactly from there on.
                     rows = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
@@ -205,7 +206,8 @@ def _balanced(high: Floats, low: Floats, weight: Floats, codes: Floats) -> Float
 
     def factors(widths: Floats) -> Floats:
         with np.errstate(divide="ignore"):
-            return np.min(np.exp2(widths)[:, None] / ends[present], axis=0)
+            allowed: Floats = np.exp2(widths)[:, None] / ends[present]
+        return np.asarray(allowed.min(0), np.float64)
 
     def cost(widths: Floats) -> float:
         return _activation_noise(high[:, used] * raised, low[:, used] * raised, w, codes, factors(widths))

@@ -56,7 +56,8 @@ def equalize(model: ir.Model, exponents: Exponents) -> None:
 
 def _factors(exponents: NDArray[np.int8]) -> NDArray[np.float32]:
     whole, part = np.divmod(exponents.astype(np.int32), STEPS)
-    return np.ldexp(OCTAVE[part], whole).astype(np.float32)
+    factors: NDArray[np.float64] = np.ldexp(OCTAVE[part], whole)
+    return factors.astype(np.float32)
 
 
 def exponents_to_json(exponents: Exponents) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer
+
+Number = TypeVar("Number", np.float32, np.int64)
 
 __all__ = ["Span", "find_spans", "over_inputs", "scale_span"]
 
@@ -181,10 +184,10 @@ def scale_span(graph: ir.Graph, layers: Mapping[str, Layer], span: Span, factors
             _scale(graph, layer.node, 2, factors)
     for name in span.readers:
         layer = layers[name]
-        _scale(graph, layer.node, 1, 1 / over_inputs(layer, factors))
+        _scale(graph, layer.node, 1, np.reciprocal(over_inputs(layer, factors)))
 
 
-def over_inputs(layer: Layer, factors: NDArray[np.float32]) -> NDArray[np.float32]:
+def over_inputs(layer: Layer, factors: NDArray[Number]) -> NDArray[Number]:
     """Something of each channel, (channels,), for each of a layer's inputs: in a shape that goes with the weight's."""
     shape = _shape(layer)
     # Behind a Flatten a channel is a run of inputs.
