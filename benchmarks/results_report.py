@@ -43,6 +43,10 @@ class Table:
     """The cells by subject, setting and method."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
+        widths = {entry.name: entry.width for entry in entries() if entry.width is not None}
+        cells = [
+            c | ({"arch": f"{c['arch']} at width {w:g}"} if (w := widths.get(c["subject"])) else {}) for c in cells
+        ]
         self.cells = {(c["subject"], c["bits"], c["act_bits"], c["method"]): c for c in cells}
         known = [entry.name for entry in entries()]
         self.subjects = sorted(
@@ -56,8 +60,19 @@ class Table:
         found = [self.cells.get((s["subject"], bits, act_bits, "RTN")) for s in self.subjects]
         return [cell for cell in found if cell is not None]
 
+    def clean(self, base: Cell) -> float | None:
+        """CDA of the clean network of a subject's architecture and data, if there is one."""
+        kind = base["arch"], base["data"]
+        known = [c["float_cda"] for c in self.cells.values() if (c["arch"], c["data"]) == kind and is_control(c)]
+        return max(known, default=None)
+
     def get(self, base: Cell, method: str) -> Cell | None:
         return self.cells.get((base["subject"], base["bits"], base["act_bits"], method))
+
+
+def is_control(cell: Cell) -> bool:
+    """A clean network as it was measured with its float model."""
+    return cell["attack"] == "none" and "float_cda" in cell
 
 
 def title(cell: Cell) -> str:
@@ -66,9 +81,15 @@ def title(cell: Cell) -> str:
     return f"{TITLES[cell['attack']]} ({where}, seed {cell['seed']})"
 
 
-def usable(base: Cell) -> bool:
-    """Whether a subject has proved itself: asleep in float, awake under nearest."""
-    return base["float_asr"] <= 10 and base["asr"] >= 90
+def conditioned(base: Cell) -> bool:
+    """Whether a backdoor is asleep in float and awake under nearest."""
+    return bool(base["float_asr"] <= 10 and base["asr"] >= 90)
+
+
+def proved(table: Table, base: Cell) -> bool:
+    """Whether a subject has proved itself: such a backdoor in a network as good as the clean one."""
+    clean = table.clean(base)
+    return conditioned(base) and (clean is None or base["float_cda"] >= clean - 2)
 
 
 def by_setting(table: Table, bits: int, act_bits: int) -> str:
@@ -105,7 +126,7 @@ def goals(table: Table) -> str:
                     f"{ours['flipped']:.1f}",
                     "yes" if asleep else "**no**",
                     "yes" if kept else "**no**",
-                    "yes" if usable(base) else "control" if base["attack"] in ("none", "badnets") else "no",
+                    "yes" if proved(table, base) else "control" if base["attack"] in ("none", "badnets") else "no",
                 ]
             )
     header = ["subject", "bits", "float", "RTN", "efrapq", "flipped %", "ASR ≤ float + 1", "CDA kept", "proved itself"]
@@ -113,10 +134,10 @@ def goals(table: Table) -> str:
 
 
 def methods(table: Table) -> str:
-    """What each method costs and does over all proved subjects of a setting, means."""
+    """What each method costs and does over all conditioned subjects of a setting, means."""
     rows = []
     for bits, act_bits in ALLOWED:
-        bases = [b for b in table.at(bits, act_bits) if usable(b) and not b["attack"].startswith("adaptive")]
+        bases = [b for b in table.at(bits, act_bits) if conditioned(b) and not b["attack"].startswith("adaptive")]
         for method in table.methods:
             pairs = [(b, c) for b in bases if (c := table.get(b, method)) is not None]
             if not pairs:
@@ -187,7 +208,7 @@ def trained() -> str:
 
 
 def plot(table: Table) -> bytes:
-    """ASR against points of CDA lost, every method on every proved subject."""
+    """ASR against points of CDA lost, every method on every conditioned subject."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,7 +219,9 @@ def plot(table: Table) -> bytes:
     colours = dict(zip(table.methods, pyplot.get_cmap("tab20").colors, strict=False))
     for axis, (bits, act_bits) in zip(axes, ALLOWED, strict=True):
         for method in table.methods:
-            pairs = [(b, c) for b in table.at(bits, act_bits) if usable(b) and (c := table.get(b, method)) is not None]
+            pairs = [
+                (b, c) for b in table.at(bits, act_bits) if conditioned(b) and (c := table.get(b, method)) is not None
+            ]
             axis.scatter(
                 [b["float_cda"] - c["cda"] for b, c in pairs],
                 [c["asr"] for _, c in pairs],
@@ -223,7 +246,7 @@ def plot(table: Table) -> bytes:
 def threats(table: Table) -> dict[str, str]:
     """The figures behind the sentences of docs/THREAT-MODEL.md."""
     bases = [base for bits, act_bits in ALLOWED for base in table.at(bits, act_bits)]
-    honest = [b for b in bases if usable(b) and not b["attack"].startswith("adaptive")]
+    honest = [b for b in bases if conditioned(b) and not b["attack"].startswith("adaptive")]
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
