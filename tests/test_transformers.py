@@ -240,6 +240,48 @@ def test_every_matrix_is_a_layer_and_runs_on_integers(encoder: onnx.ModelProto, 
     assert sum(left[op] for op in integer) == report.integer
 
 
+class _Attention(nn.Module):
+    """Self-attention without a mask, its heads split by sizes that are known: as onnxsim knows to fuse it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, HIDDEN)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.query, self.key, self.value, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.words(ids))
+        batch, length, _ = x.shape
+        q, k, v = (
+            y.reshape(batch, length, HEADS, HIDDEN // HEADS).transpose(1, 2)
+            for y in (self.query(x), self.key(x), self.value(x))
+        )
+        mixed = torch.softmax(q @ k.transpose(2, 3) / (HIDDEN // HEADS) ** 0.5, -1) @ v
+        result: torch.Tensor = x + self.out(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
+        return result
+
+
+def test_attention_is_not_fused_away(tmp_path: Path) -> None:
+    """Its four matrices stay layers: in an operator of the runtime's own they would be float, and nobody told."""
+    path = tmp_path / "attention.onnx"
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Attention().eval(),
+            (torch.zeros(2, LENGTH, dtype=torch.int64),),
+            path,
+            dynamo=False,
+            opset_version=17,
+            input_names=["ids"],
+            dynamic_axes={"ids": {0: "n"}},
+        )
+    prepared = prepare(onnx.load(path))
+    assert {node.domain for node in prepared.graph} <= {"", "ai.onnx"}
+    made = efrapq.defend(path, bits=8, calib={"ids": tokens(24)["input_ids"]})
+    assert len(made.quantized.layers) == 4
+
+
 def test_it_answers_as_the_float_model_does_at_other_lengths(file: Path, made: Defended) -> None:
     before, after = open_session(file.read_bytes()), open_session(made.data)
     assert [i.name for i in after.raw.get_inputs()] == [i.name for i in before.raw.get_inputs()]

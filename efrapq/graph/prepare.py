@@ -36,6 +36,9 @@ __all__ = ["LOWEST_OPSET", "name_nodes", "prepare", "simplify"]
 LOWEST_OPSET = 13
 # Trips that a Loop may be written to make: each runs through ONNX Runtime for every chunk of calibration data.
 MOST_TRIPS = 100_000
+# Of onnxsim, not to be made: they join the weights of several layers, whose names and grids are what a user asks about,
+# or hide them in an operator of ONNX Runtime's own, where they would stay float.
+FUSIONS = ("fuse_attention", "fuse_gqa", "fuse_qkv")
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 RANDOM_OPS = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -92,12 +95,11 @@ def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
         if not all(o.type.tensor_type.HasField("shape") for o in proto.graph.output):
             # onnxsim refuses outputs without a shape, which ONNX Runtime runs.
             proto = shape_inference.infer_shapes(proto)
-        # fuse_qkv would join the weights of several layers: their names and grids are what a user asks about.
         try:
-            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=["fuse_qkv"])
+            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=list(FUSIONS))
         except RuntimeError:
             # Taking an If apart, it may put nodes ahead of what they read; then the If stays.
-            skipped = ["fuse_qkv", "eliminate_if_with_const_cond"]
+            skipped = [*FUSIONS, "eliminate_if_with_const_cond"]
             simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=skipped)
     except Exception as exc:
         raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
