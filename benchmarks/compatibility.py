@@ -33,8 +33,6 @@ from numpy.typing import NDArray
 
 import efrapq
 from benchmarks.common import RESULTS, machine, markdown, save, shared_folder, show, write_page
-from benchmarks.encoder import HEADER as ENCODER
-from benchmarks.encoder import encoder_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
 from efrapq.calibration.signature import ModelInput, model_inputs, takes_images
 from efrapq.data import Dataset, Preprocess, load_dataset
@@ -348,9 +346,6 @@ def main() -> None:
         show(title, header, rows)
     if args.page:
         pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
-        known = RESULTS / "encoder.json"
-        encoder = json.loads(known.read_text()) if known.exists() else {"rows": {}}
-        pages["encoder"] = markdown(ENCODER, encoder_rows(encoder)) if encoder["rows"] else "Not measured."
         write_page("COMPATIBILITY", pages)
 
 
