@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 
 import efrapq
 from benchmarks.common import RESULTS, machine, markdown, save, shared_folder, show, write_page
+from benchmarks.encoder import HEADER as ENCODER
+from benchmarks.encoder import encoder_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
 from efrapq.calibration.signature import ModelInput, model_inputs, takes_images
 from efrapq.data import Dataset, Preprocess, load_dataset
@@ -346,6 +348,7 @@ def main() -> None:
         show(title, header, rows)
     if args.page:
         pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
+        pages["encoder"] = markdown(ENCODER, encoder_rows(json.loads((RESULTS / "encoder.json").read_text())))
         write_page("COMPATIBILITY", pages)
 
 

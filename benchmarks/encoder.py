@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import efrapq
-from benchmarks.common import DOCS, machine, save, show
+from benchmarks.common import DOCS, RESULTS, machine, save, show
 
 LENGTH, CALIBRATION, TEST, CLASSES = 64, 48, 24, 2
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -146,7 +146,9 @@ def main() -> None:
         cost = defend(folder / "encoder.onnx", folder / "calibration.npz", folder / "quantized.onnx", SETTINGS[name])
         print(json.dumps(cost))
         return
-    document: dict[str, Any] = {"machine": machine(), "length": LENGTH, "calibration": CALIBRATION, "rows": {}}
+    known = RESULTS / "encoder.json"
+    document: dict[str, Any] = json.loads(known.read_text()) if known.exists() and not args.small else {"rows": {}}
+    document |= {"machine": machine(), "length": LENGTH, "calibration": CALIBRATION}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         document["weights"] = write_model(folder / "encoder.onnx", args.small)
