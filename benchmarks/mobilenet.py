@@ -136,16 +136,6 @@ class VariantWalk(Walk):
     """The streaming pass with what a variant adds to it."""
 
     correct = False
-    wide: frozenset[str] = frozenset()
-
-    def _weighted(self, layer: Layer, steps: Any) -> Any:
-        edges = self.edges
-        if layer.node_name in self.wide:
-            self.edges = edges | {layer.node_name}
-        try:
-            return super()._weighted(layer, steps)
-        finally:
-            self.edges = edges
 
     def _bias_on_grid(self, layer: Layer, bias: Tensor | None, scale: Tensor) -> Tensor | None:
         """b + E[W x] - E[Ŵ x̂] per output channel, both over the calibration images, x̂ the quantized stream's."""
@@ -175,7 +165,6 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
         solver = solver_settings("coordinate", 0.0 if variant.solver == "fit" else None, None, "absolute", 0)
     settings = PassSettings(
         variant.bits,
-        # The pass knows two widths: what is not narrow has the edges'.
         variant.edge_bits,
         variant.act_range,
         variant.scale,
@@ -187,8 +176,7 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
         walk = VariantWalk(model, layers, placement, chunks, settings, floats, quantized)
         walk.correct = variant.correct
         if variant.depthwise_bits:
-            assert variant.depthwise_bits == variant.edge_bits
-            walk.wide = frozenset(layer.node_name for layer in layers if layer.groups > 1)
+            walk.weight_bits |= {layer.name: variant.depthwise_bits for layer in layers if layer.groups > 1}
         solved = walk.run(Silent())
     weights = [solved.weights[layer.name].codes.size for layer in layers]
     flipped = float(np.average([report.flipped for report in solved.reports], weights=weights))
@@ -216,8 +204,7 @@ class Pair:
 def exponents(model: ir.Model, chunks: list[Tensor], variant: Variant) -> Exponents:
     """The factors of efrapq's own --equalize."""
     layers, _ = find_layers(model.graph)
-    edges = {layers[0].name, layers[-1].name}
-    bits = {layer.name: variant.edge_bits if layer.name in edges else variant.bits for layer in layers}
+    bits = PassSettings(variant.bits, variant.edge_bits).weight_bits(layers)
     placement = place(model.graph, layers, variant.act_bits)
     return choose_exponents(model, layers, bits, placement, chunks, torch.device("cpu"))
 

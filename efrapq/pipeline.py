@@ -449,8 +449,7 @@ def _equalized(
     images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
     if len(images) != len(chunks):
         raise UsageError("--equalize is for models that take images")
-    edges = {layers[0].name, layers[-1].name}
-    bits = {layer.name: settings.edge_bits if layer.name in edges else settings.bits for layer in layers}
+    bits = settings.weight_bits(layers)
     exponents = choose_exponents(model, layers, bits, placement, images, torch.device(settings.device))
     scale_channels(model, exponents)
     moved = sum(int(np.count_nonzero(k)) for k in exponents.values())

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from efrapq.rounding import Coordinate, Relaxed
+
+if TYPE_CHECKING:
+    from efrapq.graph.layers import Layer
 
 __all__ = ["LayerReport", "PassSettings"]
 
@@ -28,6 +33,11 @@ class PassSettings:
     device: str = "cpu"
     memory: int | None = None
     block: int = 0
+
+    def weight_bits(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """Of each layer, by its name; layers: all of a graph, in topological order."""
+        edges = (layers[0].name, layers[-1].name)
+        return {layer.name: self.edge_bits if layer.name in edges else self.bits for layer in layers}
 
 
 @dataclass(frozen=True)

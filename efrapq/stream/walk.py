@@ -136,7 +136,7 @@ class Walk:
         self.executor = Executor(model, device=self.device)
         self.graph = model.graph
         self.layers = {layer.node_name: layer for layer in layers}
-        self.edges = {layers[0].node_name, layers[-1].node_name}
+        self.weight_bits = settings.weight_bits(layers)
         self.chunks = len(inputs)
         self.samples = sum(c.samples if isinstance(c, Feeds) else len(c) for c in inputs)
         self.floats, self.quantized = floats, quantized
@@ -269,7 +269,7 @@ class Walk:
     # One weight layer.
 
     def _weighted(self, layer: Layer, steps: _Steps) -> LayerReport:
-        bits = self.settings.edge_bits if layer.node_name in self.edges else self.settings.bits
+        bits = self.weight_bits[layer.name]
         weight = torch.from_numpy(weight_array(self.graph, layer).copy()).to(self.device)
         bias_np = bias_array(self.graph, layer)
         bias = None if bias_np is None else torch.from_numpy(bias_np.copy()).to(self.device)
