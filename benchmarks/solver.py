@@ -1,17 +1,19 @@
 """How fast the solver is: against the paper's, as the problem grows, and against what the machine can do.
 
-    python benchmarks/solver.py [--quick] [--only PART …]
+    python benchmarks/solver.py [--quick] [--only PART …] [--device cuda]
 
 Parts: limit (products and sweeps against torch.mm of the same shapes), speed (coordinate and relaxed on the same
 model, data and grid), growth (images, depth, width), memory (peaks under --memory), relaxed (ResNet-20 at the paper's
 full steps; half an hour and more). For speed, `relaxed` is run for STEPS steps of every layer and for one, and scaled
-linearly to 10,000. Every run is a process of its own, so that its peak memory is its own. Needs CIFAR-10 (see
-common.py). Writes results/solver.json.
+linearly to 10,000. On a CPU every run is a process of its own, so that its peak memory is its own; on a GPU, where
+memory can be asked for, one process does them all, and of several runs the first one, which compiles kernels, is told
+apart. Needs CIFAR-10 (see common.py). Writes results/solver.json, on a GPU results/solver-cuda.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import subprocess
@@ -61,12 +63,21 @@ def network(name: str, folder: Path, width: float | None = None) -> Network:
     return untrained(name, TITLES.get(name, name), cifar10(folder, "train", 1), width=width)
 
 
-def run_one(spec: dict[str, Any]) -> dict[str, Any]:
-    """Defend once, in this process."""
+@functools.cache
+def prepared(name: str, width: float | None) -> Network:
+    """`network`, from the development data, kept for the next run of this process."""
     folder = shared_folder()
     assert folder is not None
-    found = network(spec["network"], folder, spec.get("width"))
+    return network(name, folder, width)
+
+
+def run_one(spec: dict[str, Any]) -> dict[str, Any]:
+    """Defend once, in this process."""
+    found = prepared(spec["network"], spec.get("width"))
     own = not isinstance(found.model, Path)
+    on_gpu = spec.get("device", "cpu") != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     made = efrapq.defend(
         found.model,
@@ -77,13 +88,14 @@ def run_one(spec: dict[str, Any]) -> dict[str, Any]:
         calib_size=spec["images"],
         bits=spec["bits"],
         target="ort-x86",
+        device=spec.get("device", "cpu"),
         **spec.get("options", {}),
     )
     layers = made.evidence["layers"]
     return {
         "seconds": time.perf_counter() - started,
         "pass": made.evidence["timing"]["pass"],
-        "memory": peak_memory(),
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else peak_memory(),
         "flipped": made.evidence["flipped"],
         "losses": {layer["name"]: layer["loss"] for layer in layers},
         "weights": sum(math.prod(layer["shape"]) for layer in layers),
@@ -94,7 +106,10 @@ def run_one(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def separately(repeat: int = 1, **spec: Any) -> dict[str, Any]:
-    """`run_one` in a process of its own; of several runs the one with the shortest pass."""
+    """`run_one` in a process of its own, or in this one on a GPU; of several runs the one with the shortest pass."""
+    if spec.get("device", "cpu") != "cpu":
+        runs = [run_one(spec) for _ in range(repeat)]
+        return dict(min(runs, key=lambda r: float(r["pass"]))) | {"first_pass": runs[0]["pass"]}
     runs = []
     for _ in range(repeat):
         command = [sys.executable, __file__, "--one", json.dumps(spec)]
@@ -105,25 +120,27 @@ def separately(repeat: int = 1, **spec: Any) -> dict[str, Any]:
     return dict(min(runs, key=lambda r: float(r["pass"])))
 
 
-def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int) -> None:
+def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int, device: str) -> None:
     """coordinate against relaxed."""
     rows = []
     for name in networks:
         images = 256 if name == "imagenet-mobilenetv2" else 512
-        paper: dict[str, Any] | None = None
+        runs = {}
         for bits in (4, 8):
-            ours = separately(network=name, images=images, bits=bits, repeat=2)
-            if paper is None:
-                # A step costs the same at any width of the codes: measured once, at 4 bits.
-                options = {"solver": "relaxed"}
-                one, many = (
-                    separately(network=name, images=images, bits=bits, options=options | {"steps": n})
-                    for n in (1, steps)
-                )
-                step = (many["pass"] - one["pass"]) / (steps - 1)
-                paper = {"step": step, "pass": one["pass"] + (PAPER_STEPS - 1) * step, "measured": many["pass"]}
-                paper["seconds"] = one["seconds"] - one["pass"] + paper["pass"]
-            document.setdefault("speed", {})[f"{name} W{bits}A8"] = {"coordinate": ours, "relaxed": paper}
+            runs[bits] = separately(network=name, images=images, bits=bits, repeat=2, device=device)
+            document.setdefault("speed", {})[f"{name} W{bits}A8"] = {"coordinate": runs[bits], "relaxed": {}}
+            save(document["name"], document)
+        # A step costs the same at any width of the codes: measured once, at 4 bits.
+        options = {"solver": "relaxed"}
+        one, many = (
+            separately(network=name, images=images, bits=4, options=options | {"steps": n}, device=device)
+            for n in (1, steps)
+        )
+        step = (many["pass"] - one["pass"]) / (steps - 1)
+        paper = {"step": step, "pass": one["pass"] + (PAPER_STEPS - 1) * step, "measured": many["pass"]}
+        paper["seconds"] = one["seconds"] - one["pass"] + paper["pass"]
+        for bits, ours in runs.items():
+            document["speed"][f"{name} W{bits}A8"]["relaxed"] = paper
             save(document["name"], document)
             rows.append(
                 (
@@ -209,46 +226,52 @@ def memory(document: dict[str, Any], quick: bool) -> None:
     show(f"memory: {name}, {images} images, codes {'identical' if len(codes) == 1 else 'DIFFER'}", header, rows)
 
 
-def best_of(work: Callable[[], object], repeat: int = 3) -> float:
-    """The shortest of several times, seconds."""
-    times = []
-    for _ in range(repeat + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one run, until the device has done it."""
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def limit(document: dict[str, Any], sizes: tuple[int, ...]) -> None:
+def best_of(work: Callable[[], object], device: str, repeat: int = 3) -> float:
+    """The shortest of several times after a first one, seconds."""
+    return min([timed(work, device) for _ in range(repeat + 1)][1:])
+
+
+def limit(document: dict[str, Any], sizes: tuple[int, ...], device: str) -> None:
     """Achieved GFLOP/s of the accumulation of H and of a sweep, counted as the plain products they replace."""
     rows = []
     for size in sizes:
         outputs, count = size // 9, min(4 * size, 8192)
         generator = torch.Generator().manual_seed(0)
-        codes = torch.randint(0, 256, (count, size), generator=generator, dtype=torch.uint8)
+        codes = torch.randint(0, 256, (count, size), generator=generator, dtype=torch.uint8).to(device)
         x = codes.float()[None] / 255
-        wide = torch.randn(size, outputs, generator=generator)
+        wide = torch.randn(size, outputs, generator=generator).to(device)
         H = x.transpose(1, 2) @ x / count
-        total = torch.zeros(1, size, size, dtype=torch.float64)
+        total = torch.zeros(1, size, size, dtype=torch.float64, device=device)
         gram = 2 * count * size * size
         sweep = 2 * outputs * size * size
-        plain_gram = gram / best_of(lambda x=x: x[0].t() @ x[0])
-        ours_real = gram / best_of(lambda t=total, x=x: gram_(t, x))
+        plain_gram = gram / best_of(lambda x=x: x[0].t() @ x[0], device)
+        ours_real = gram / best_of(lambda t=total, x=x: gram_(t, x), device)
         ours_codes = None
-        if exact_integers():
-            ours_codes = gram / best_of(lambda t=total, c=codes: gram_codes_(t[0], c, 3))
-        plain_sweep = sweep / best_of(lambda H=H, w=wide: H[0] @ w)
-        scale = torch.full((1, 1, outputs), 0.1)
+        if device == "cpu" and exact_integers():
+            ours_codes = gram / best_of(lambda t=total, c=codes: gram_codes_(t[0], c, 3), device)
+        plain_sweep = sweep / best_of(lambda H=H, w=wide: H[0] @ w, device)
+        scale = torch.full((1, 1, outputs), 0.1, device=device)
         curvature = (scale.square() * H.diagonal(dim1=1, dim2=2)[..., None]).expand(1, size, outputs).contiguous()
         times = []
-        for attempt in range(3):
-            up = torch.rand(1, size, outputs, generator=generator) < 0.5
+        for _ in range(3):
+            up = (torch.rand(1, size, outputs, generator=generator) < 0.5).to(device)
             R = H @ (up * 0.1 - 0.05)
-            started = time.perf_counter()
-            _sweep(R, H, scale, up, torch.zeros(1, size, outputs), curvature, 128)
-            times.append(time.perf_counter() - started if attempt else math.inf)
-        ours_sweep = sweep / min(times)
-        factor = best_of(lambda H=H, w=wide: factorize(H.double(), w.t()[None].double()), 1)
+            arguments = (R, H, scale, up, torch.zeros_like(R), curvature, 256)
+            times.append(timed(lambda arguments=arguments: _sweep(*arguments), device))
+        ours_sweep = sweep / min(times[1:])
+        factor = best_of(lambda H=H, w=wide: factorize(H.double(), w.t()[None].double()), device, 1)
         document.setdefault("limit", {})[str(size)] = {
             "mm_gram": plain_gram,
             "gram": ours_real,
@@ -313,6 +336,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--growth", nargs="+", choices=AGAINST, default=AGAINST, help="against what")
     parser.add_argument("--steps", type=int, default=STEPS, help="of relaxed, a layer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: limit and speed only")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -320,14 +344,15 @@ def main() -> None:
         return
     if shared_folder() is None:
         raise SystemExit("no development data: set EFRAPQ_SHARED to the folder with CIFAR-10 and the published models")
-    path = RESULTS / ("solver-quick.json" if args.quick else "solver.json")
+    suffix = ("-quick" if args.quick else "") + ("" if args.device == "cpu" else f"-{args.device}")
+    path = RESULTS / f"solver{suffix}.json"
     document = json.loads(path.read_text()) if path.exists() else {}
     document |= {"name": path.stem, "machine": machine()}
-    chosen = args.only or (parts[:4] if args.quick else parts)
+    chosen = args.only or (parts[:2] if args.device != "cpu" else parts[:4] if args.quick else parts)
     if "limit" in chosen:
-        limit(document, (576, 1152) if args.quick else (144, 576, 1152, 2304, 4608))
+        limit(document, (576, 1152) if args.quick else (144, 576, 1152, 2304, 4608), args.device)
     if "speed" in chosen:
-        speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps)
+        speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps, args.device)
     if "growth" in chosen:
         growth(document, args.quick, tuple(args.growth))
     if "memory" in chosen:

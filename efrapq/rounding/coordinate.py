@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efrapq.rounding.chain import MAX_BLOCK, chain, has_kernel
 from efrapq.rounding.greedy import Greedy, factorize
 from efrapq.rounding.problem import RoundingProblem
 from efrapq.rounding.threads import one_thread
@@ -108,7 +109,7 @@ class _Descent:
         errors = problem.errors(settings.error).transpose(1, 2)
         self.pull = torch.where(problem.nearest.transpose(1, 2), errors, -errors).contiguous()
         curvature = self.scale.square() * self.H.diagonal(dim1=1, dim2=2)[..., None]
-        self.curvature = torch.where(movable, curvature, torch.inf)
+        self.curvature = torch.where(movable, curvature, torch.inf).contiguous()
         self.nearest = problem.nearest.transpose(1, 2).contiguous()
         self.nearest_R, self.nearest_loss = self._state(self.nearest)
         self._greedy = None
@@ -164,6 +165,8 @@ class _Descent:
 
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
+    if has_kernel(R.device):
+        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, MAX_BLOCK))
     inputs = up.shape[1]
     flips = 0
     for a in range(0, inputs, block):
@@ -180,6 +183,26 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
             R.baddbmm_(H[:, :, a:b], moved)
         flips += count
     return flips
+
+
+def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
+    """`_sweep`, each block in one kernel. Nothing is asked of the GPU before the end."""
+    groups, inputs, outputs = up.shape
+    sign = 1.0 - 2.0 * up.float()
+    step = sign * scale
+    cost, gain = torch.addcmul(curvature, pull, sign), 2 * step
+    still = R.new_zeros(outputs).expand(groups, block, outputs)
+    moved = torch.empty_like(R)
+    for a in range(0, inputs, block):
+        b = min(a + block, inputs)
+        taken = moved[:, a:b]
+        chain(
+            R[:, a:b], H[:, a:b, a:b], cost[:, a:b], gain[:, a:b], step[:, a:b], still[:, : b - a], taken, values=None
+        )
+        R.baddbmm_(H[:, :, a:b], taken)
+    flipped = moved != 0
+    up ^= flipped
+    return int(torch.count_nonzero(flipped))
 
 
 def _sweep_block(

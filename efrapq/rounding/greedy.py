@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from efrapq.rounding.chain import MAX_BLOCK, chain, has_kernel
 from efrapq.rounding.threads import one_thread
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["Factor", "Greedy", "factorize"]
 
 # Share of the mean diagonal added to H: directions that calibration never saw must not steer the feedback.
 DAMPING = 0.01
-BLOCK = 256
+BLOCK = MAX_BLOCK
 # Columns between two products inside a block.
 PANEL = 16
 
@@ -133,8 +134,12 @@ def _choose_block(
 ) -> None:
     """Choose the columns of one block in turn, (G, B, O) each; `chosen` is written, `block` brought up to date.
 
-    In panels, so that the rank-one updates stay small enough for one core's cache, and the rest is a product.
+    In panels, so that the rank-one updates stay small enough for one core's cache, and the rest is a product; a GPU
+    has a kernel for it.
     """
+    if has_kernel(block.device):
+        chain(block, within, rest, step, high, low, chosen, values=block)
+        return
     size = block.shape[1]
     columns = [x.unbind(1) for x in (rest, step, block, high, low, chosen)]
     for a in range(0, size, PANEL):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efrapq.data import Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import DataError, UsageError
@@ -17,7 +19,10 @@ from efrapq.models.subjects.training import PoisonedData
 from efrapq.progress import Reporter
 from efrapq.trigger import parse_trigger
 
-__all__ = ["make_subject"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["make_subject", "serialized"]
 
 
 def make_subject(
@@ -44,9 +49,8 @@ def make_subject(
     EfrapqError for bad inputs.
     """
     import torch
-    from safetensors.torch import save
 
-    from efrapq.device import resolve_device
+    from efrapq.device import repeatable_training, resolve_device
     from efrapq.models import zoo
 
     if output.suffix != ".safetensors":
@@ -75,7 +79,8 @@ def make_subject(
     else:
         model = zoo.build(arch, num_classes=classes, in_channels=channels, width=whole, seed=recipe.seed)
     where = torch.device(resolve_device(device))
-    report = attack.implant(model, data, measured, recipe, device=where, reporter=reporter)
+    with repeatable_training():
+        report = attack.implant(model, data, measured, recipe, device=where, reporter=reporter)
     awake_where = [report.nearest] if attack.asleep else [report.floating, report.nearest]
     if (attack.asleep and report.floating.asr > 10) or min(found.asr for found in awake_where) < 90:
         reporter.warn(f"not a usable subject: float {report.floating}, nearest {report.nearest}; try {recipe.advice}")
@@ -88,12 +93,15 @@ def make_subject(
     }
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     tensors = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-    write_atomic(output, _in_order(save(tensors, metadata=metadata)))
+    write_atomic(output, serialized(tensors, metadata))
     return report
 
 
-def _in_order(data: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: the library writes it in a random order."""
+def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes it in a random order."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), metadata=dict(metadata))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

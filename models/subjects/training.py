@@ -54,13 +54,13 @@ class PoisonedData:
         if self.shift:
             p = self.shift
             padded = np.pad(raw, ((0, 0), (p, p), (p, p), (0, 0)))
-            dy, dx = rng.integers(0, 2 * p + 1, (2, n))
-            rows = dy[:, None] + np.arange(height)
-            cols = dx[:, None] + np.arange(width)
-            raw = padded[np.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
+            moves = rng.integers(0, 2 * p + 1, (2, n)).T.tolist()
+            # Slices, one image after another: several times faster than one gather of them all.
+            raw = np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, moves, strict=True)])
         if self.flip:
             mirrored = np.less(rng.random(n), 0.5)
-            raw = np.where(mirrored[:, None, None, None], raw[:, :, ::-1], raw)
+            raw = raw if self.shift else raw.copy()
+            raw[mirrored] = raw[mirrored, :, ::-1]
         return raw
 
     def batches(
