@@ -25,7 +25,7 @@ __all__ = [
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 # The keys of efrapq.exporters.PROFILES, which are not imported for a help text.
-TARGETS = "ort-x86, ort-arm, openvino, tensorrt, qnn or portable"
+TARGETS = "ort-x86, ort-avx2, ort-arm, openvino, tensorrt, qnn or portable"
 
 F = TypeVar("F", bound=Callable[..., Any])
 

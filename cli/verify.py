@@ -115,7 +115,7 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
         console.print(
             f"saturation {len(document['saturation'])} layers can saturate on x86 CPUs without VNNI, worst "
             f"{printable(worst['layer'])}: a pair of products reaches {worst['worst']:,}, past 32,767; "
-            "--bits 7 --edge-bits 7 cannot",
+            "--target ort-avx2 cannot",
             markup=False,
         )
     if document["agreement"] is not None:

@@ -43,7 +43,7 @@ def run_demo(folder: Path, reporter: Reporter) -> dict[str, Any]:
     test = load_dataset(weights.SAMPLES, split="test")
     output = folder / "model.int4.onnx"
     started = time.perf_counter()
-    made = defend(weights.SUBJECT, output, bits=4, calib=calibration, target="ort-x86", reporter=reporter)
+    made = defend(weights.SUBJECT, output, bits=4, calib=calibration, reporter=reporter)
     seconds = {"defend": round(time.perf_counter() - started, 2)}
     portable = export(output, folder / "model.int4.portable.onnx", target="portable")
 
@@ -63,7 +63,7 @@ def run_demo(folder: Path, reporter: Reporter) -> dict[str, Any]:
     folded = ir.to_proto(prepared)
     twin = nearest_twin(made.quantized, prepared)
     assert twin is not None
-    nearest_data = export_model(twin, "ort-x86").SerializeToString(deterministic=True)
+    nearest_data = export_model(twin, made.evidence["settings"]["target"]).SerializeToString(deterministic=True)
     batches = [calibration.inputs(list(b), source.preprocess) for b in calibration.batches(64)]
     reporter.note("quantizing once more with onnxruntime.quantization.quantize_static, for comparison")
     ort_data = quantize_with_ort(folded, batches, 4)

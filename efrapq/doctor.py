@@ -16,9 +16,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from efrapq.cpu import describe_cpu
 from efrapq.io.text import printable
 
 __all__ = ["CudaDevice", "Diagnosis", "Problem", "examine"]
@@ -49,8 +49,6 @@ ORT_BUILDS = frozenset(
     }
     | {f"onnxruntime-{build}" for build in ("training", "training-cpu", "silicon", "azure", "noopenmp", "webgpu")}
 )
-CPUINFO = Path("/proc/cpuinfo")
-X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def examine() -> Diagnosis:
     """Look at this installation. Imports torch and onnxruntime, opens one tiny session, prints nothing."""
     ort_packages = _ort_packages()
     versions = {name: _version(name) for name in FLOORS} | ort_packages
-    cpu, vnni = _cpu()
+    cpu, vnni = describe_cpu()
     # torch comes first: the CUDA libraries that it brings are then found by ONNX Runtime too.
     torch = _examine_torch() if versions["torch"] is not None else _Torch()
     ort = _examine_ort() if ort_packages else _Ort()
@@ -177,7 +175,7 @@ def _problems(
         yield Problem(
             "warning",
             "this CPU has no VNNI: pairs of u8×s8 products are summed in 16 bits, which 8-bit weights can overflow",
-            "use --bits 4, whose sums cannot reach the limit, or verify on the machine that will run the model",
+            "files for --target ort-avx2, the default here, avoid it; verify other files where they will run",
         )
 
 
@@ -236,23 +234,6 @@ def _ort_build() -> str:
     """The build that efrapq asks for on this kind of machine."""
     has_gpu_build = (sys.platform, platform.machine()) in {("linux", "x86_64"), ("win32", "AMD64")}
     return "onnxruntime-gpu" if has_gpu_build else "onnxruntime"
-
-
-def _cpu() -> tuple[str | None, bool | None]:
-    """The CPU's name, and whether it has VNNI (None off x86 and off Linux)."""
-    try:
-        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or None, None
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or None
-    flags = fields.get("flags", "").split()
-    if platform.machine().lower() not in X86 or not flags:
-        return name, None
-    return name, "avx512_vnni" in flags or "avx_vnni" in flags
 
 
 def _examine_torch() -> _Torch:

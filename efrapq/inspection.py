@@ -79,7 +79,7 @@ def _quantized(source: FloatModel, notes: list[str]) -> dict[str, Any]:
             }
             for layer in model.layers
         ]
-        saturating = saturating_layers(model)
+        saturating = saturating_layers(model, as_stored=True)
         found["saturation"] = [asdict(s) for s in saturating]
         if saturating:
             notes.append(advice(saturating, len(model.layers)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import platform
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
+from efrapq.cpu import describe_cpu
 from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, load_dataset
 from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
@@ -158,7 +160,7 @@ def defend(
     )
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
-    target = target or native_target(platform.machine())
+    target = target or native_target(platform.machine(), describe_cpu()[1])
     profile(target)
     inputs = [Path(model)] if isinstance(model, str | Path) else []
     evidence_path = None
@@ -517,11 +519,17 @@ def _journal_folder(output: Path, key: str | None) -> Journal:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What else decides the bytes: sums of floats depend on the device and on how many threads share them."""
+    """What else decides the bytes: sums of floats depend on the device, on how many threads share them, and on the
+    order in which a compiled kernel takes them.
+    """
     import torch
 
+    from efrapq.rounding import kernel_package
+
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {"device": device, "name": name, "torch_threads": torch.get_num_threads()}
+    package = kernel_package(torch.device(device).type)
+    kernel = f"{package} {importlib.metadata.version(package)}" if package is not None else None
+    return {"device": device, "name": name, "torch_threads": torch.get_num_threads(), "kernel": kernel}
 
 
 def _evidence(

@@ -20,21 +20,26 @@ from efrapq.exporters.rules import (
     weights_signed,
 )
 
-__all__ = ["ORT_CPU_RULES", "PROFILE", "QUANTIZATION"]
+__all__ = ["MEASURED", "ORT_CPU_RULES", "PROFILE", "QUANTIZATION", "SHARED_RULES", "UINT8_ACTIVATIONS"]
 
 QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 MEASURED = "measured, tests/exporters/test_runtime_facts.py"
 
-# What ONNX Runtime asks of a file on either CPU.
-ORT_CPU_RULES = (
+# What ONNX Runtime asks of a file on any CPU.
+SHARED_RULES = (
     Rule("An activation has one scale", QUANTIZATION, activations_per_tensor),
     Rule("Scales are constant and positive", QUANTIZATION, scales_positive),
-    Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed),
     Rule(
         "A 4-bit weight beside a quantized input passes a Cast to int8, or it is computed in float",
         MEASURED,
         int4_through_cast,
     ),
+)
+ORT_CPU_RULES = (*SHARED_RULES, Rule("Weights are signed and symmetric", QUANTIZATION, weights_signed))
+UINT8_ACTIVATIONS = Rule(
+    "Activations are uint8: int8 ones are rewritten on x86, and residual graphs lose integer kernels by it",
+    MEASURED,
+    activations_typed(TensorProto.UINT8),
 )
 
 PROFILE = Profile(
@@ -43,12 +48,5 @@ PROFILE = Profile(
     int4_through_cast=True,
     pads_codes=True,
     pair_sums_saturate=True,
-    rules=(
-        Rule(
-            "Activations are uint8: int8 ones are rewritten on x86, and residual graphs lose integer kernels by it",
-            MEASURED,
-            activations_typed(TensorProto.UINT8),
-        ),
-        *ORT_CPU_RULES,
-    ),
+    rules=(UINT8_ACTIVATIONS, *ORT_CPU_RULES),
 )

@@ -32,6 +32,8 @@ class Profile:
     pads_codes: a Pad with zeros that keeps its input's grid stands between QuantizeLinear and DequantizeLinear.
 
     int32_bias_ops: the operators whose bias is int32 beside a quantized input; elsewhere it stays float32.
+    unsigned_weights: a weight whose pairs of products would leave int16 on x86 without VNNI is uint8, around 128.
+
     fixed_shapes: the batch is 1 and no size is dynamic. pair_sums_saturate: the runtime's kernels on x86 without VNNI
     add pairs of products in int16. rules: what `lint` checks.
     """
@@ -46,6 +48,7 @@ class Profile:
     int4_through_cast: bool = False
     pads_codes: bool = False
     int32_bias_ops: frozenset[str] = frozenset({"Conv", "Gemm"})
+    unsigned_weights: bool = False
     fixed_shapes: bool = False
     pair_sums_saturate: bool = False
     rules: tuple[Rule, ...] = ()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from efrapq.exporters.opset import to_opset
 from efrapq.exporters.profile import Profile
+from efrapq.exporters.saturation import saturating_layers
 from efrapq.exporters.shapes import fix_shapes
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer, bias_array
@@ -117,6 +118,7 @@ class _Writer:
         self.profile = profile
         self.grids = grids
         self.int4 = int4
+        self.unsigned = {s.layer for s in saturating_layers(quantized)} if profile.unsigned_weights else set()
         self.nodes = {str(node.name): node for node in graph}
         self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
@@ -166,13 +168,15 @@ class _Writer:
         node.replace_input_with(1, None)
         del self.graph.initializers[str(old.name)]
         four = layer.name in self.int4
-        element = ml_dtypes.int4 if four else np.int8
-        codes = self._constant(f"{old.name}.codes", weight.codes.astype(element, copy=False))
+        shift = SIGNED if layer.name in self.unsigned else 0
+        element = ml_dtypes.int4 if four else np.uint8 if shift else np.int8
+        stored = weight.codes.astype(np.int16) + shift if shift else weight.codes
+        codes = self._constant(f"{old.name}.codes", stored.astype(element, copy=False))
         if four and self.profile.int4_through_cast and not weight.block:
             codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8
         scale = self._constant(f"{old.name}.scale", weight.scale)
-        zero_point = self._constant(f"{old.name}.zero_point", np.zeros(weight.scale.shape, element))
+        zero_point = self._constant(f"{old.name}.zero_point", np.full(weight.scale.shape, shift, element))
         along = {"axis": 1 - weight.axis, "block_size": weight.block} if weight.block else {"axis": weight.axis}
         real = self._emit("DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, **along)
         real.shape = ir.Shape(weight.codes.shape)

@@ -27,6 +27,8 @@ from efrapq.io import FileTensor, printable
 
 __all__ = ["read_quantized"]
 
+# The zero point of signed codes that are stored as uint8.
+MIDDLE = 128
 # Types of activation codes: their bits and their lowest value.
 CODE_TYPES = {ir.DataType.UINT8: (8, 0), ir.DataType.INT8: (8, -128), ir.DataType.UINT4: (4, 0)}
 
@@ -105,7 +107,7 @@ def _for_layer(weight: QuantizedWeight, layer: Layer, recorded: dict[str, int]) 
         axis = layer.channel_axis
         scale = np.full(weight.codes.shape[axis], scale[0], np.float32)
     bits = recorded.get(layer.name, weight.bits)
-    solved = QuantizedWeight(weight.codes, scale, axis, bits, weight.block)
+    solved = QuantizedWeight(weight.codes, scale, axis, bits, weight.block, weight.unsigned)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # Narrow codes may travel in a wider type, where a target has no int4; never the other way round.
     if solved.container_bits > weight.bits or weight.codes.min() < low or weight.codes.max() > high:
@@ -145,11 +147,14 @@ def _zero_point_of(node: ir.Node) -> NDArray[np.generic] | None:
 
 def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
     name = printable(str(node.name))
+    zero_point = _zero_point_of(node)
+    unsigned = codes.dtype == np.uint8 and zero_point is not None and bool((zero_point == MIDDLE).all())
+    if unsigned:
+        codes, zero_point = (codes.astype(np.int16) - MIDDLE).astype(np.int8), None
     if codes.dtype in (np.uint8, ml_dtypes.uint4):
-        raise UnsupportedModelError(f"{name}: its weight codes are unsigned")
+        raise UnsupportedModelError(f"{name}: its weight codes are unsigned, and not around {MIDDLE}")
     if codes.dtype not in (np.int8, ml_dtypes.int4):
         raise UnsupportedModelError(f"{name}: its weight codes are {codes.dtype}")
-    zero_point = _zero_point_of(node)
     if zero_point is not None and zero_point.astype(np.int64).any():
         raise UnsupportedModelError(f"{name}: its weight is asymmetric (zero point is not 0)")
     scale = _scale_of(node)
@@ -163,7 +168,8 @@ def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
         scale = np.full(codes.shape[axis], scale.reshape(-1)[0], np.float32)
     if scale.ndim != 1 or not 0 <= axis < codes.ndim or codes.shape[axis] != len(scale):
         raise UnsupportedModelError(f"{name}: {scale.size} scales do not fit a weight of shape {codes.shape}")
-    return QuantizedWeight(codes.astype(np.int8), scale, axis, 4 if codes.dtype == ml_dtypes.int4 else 8)
+    bits = 4 if codes.dtype == ml_dtypes.int4 else 8
+    return QuantizedWeight(codes.astype(np.int8), scale, axis, bits, unsigned=unsigned)
 
 
 def _blocked(

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from efrapq.exporters.saturation import INT16_MAX, walked, worst_pair_sum
 from efrapq.graph.layers import WEIGHT_OPS
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "int4_only_in",
     "int4_through_cast",
     "no_control_flow",
+    "pairs_within_int16",
     "scales_positive",
     "shapes_fixed",
     "weights_per_output_channel",
     "weights_signed",
+    "weights_symmetric",
     "zero_points_zero",
 ]
 
@@ -130,6 +133,12 @@ class Graph:
         data = self.producers.get(node.input[0])
         return data is not None and data.op_type == "DequantizeLinear"
 
+    def highest_code(self, node: onnx.NodeProto) -> int:
+        """The largest uint8 code that the node's quantized input can have: what a Clip leaves, or 255."""
+        clip = self.producers.get(self.producers[node.input[0]].input[0])
+        limit = self.array(clip, 2) if clip is not None and clip.op_type == "Clip" else None
+        return 255 if limit is None else int(limit.astype(np.int64).reshape(-1)[0])
+
     def output_is_quantized(self, node: onnx.NodeProto) -> bool:
         """Whether one QuantizeLinear, behind a Relu or Clip perhaps, is all that reads the node's output."""
         name = node.output[0]
@@ -210,6 +219,34 @@ def weights_signed(graph: Graph) -> Iterator[Finding]:
         zero_point = graph.array(use.dequantize, 2)
         if zero_point is not None and (zero_point.astype(np.int64) != 0).any():
             yield name_of(use.node), "its weight has a zero point other than 0"
+
+
+def weights_symmetric(graph: Graph) -> Iterator[Finding]:
+    """Signed around 0, or uint8 around 128."""
+    middle = {TensorProto.INT8: 0, TensorProto.INT4: 0, TensorProto.UINT8: 128}
+    for use in graph.weights:
+        kind = use.codes.data_type
+        if kind not in middle:
+            yield name_of(use.node), f"its weight codes are {type_name(kind)}, not int8, uint8 or int4"
+            continue
+        zero_point = graph.array(use.dequantize, 2)
+        found = np.zeros(1) if zero_point is None else zero_point.astype(np.int64)
+        if (found != middle[kind]).any():
+            yield name_of(use.node), f"its weight has a zero point other than {middle[kind]}"
+
+
+def pairs_within_int16(graph: Graph) -> Iterator[Finding]:
+    """No two products of a uint8 activation and a signed weight add up to more than int16 holds."""
+    for use in graph.weights:
+        if use.codes.data_type != TensorProto.INT8 or use.node.op_type == "ConvTranspose":
+            continue
+        if not graph.input_is_quantized(use.node):
+            continue
+        codes = numpy_helper.to_array(use.codes)
+        axis = attribute(use.dequantize, "axis", 1)
+        worst = worst_pair_sum(walked(codes, axis), graph.highest_code(use.node)) if codes.ndim > 1 else 0
+        if worst > INT16_MAX:
+            yield name_of(use.node), f"a pair of its products can reach {worst:,}"
 
 
 def weights_per_output_channel(graph: Graph) -> Iterator[Finding]:

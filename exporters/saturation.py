@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from efrapq.graph.quantized import QuantizedModel
 from efrapq.io.text import printable
 
-__all__ = ["INT16_MAX", "Saturation", "advice", "saturating_layers", "worst_pair_sum"]
+__all__ = ["INT16_MAX", "Saturation", "advice", "saturating_layers", "walked", "worst_pair_sum"]
 
 INT16_MAX = 32767
 
@@ -30,14 +30,18 @@ class Saturation:
     worst: int
 
 
-def saturating_layers(quantized: QuantizedModel) -> list[Saturation]:
-    """The layers on integer kernels whose worst pair of products leaves int16, worst first."""
+def saturating_layers(quantized: QuantizedModel, *, as_stored: bool = False) -> list[Saturation]:
+    """The layers on integer kernels whose worst pair of products leaves int16, worst first.
+
+    as_stored: as the file holds them that the codes were read from, where unsigned ones are multiplied exactly.
+    """
     found = []
     for layer in quantized.layers:
         grid = quantized.activations.get(layer.input)
-        if grid is None or not layer.integer:
+        weight = quantized.weights[layer.name]
+        if grid is None or not layer.integer or (as_stored and weight.unsigned):
             continue
-        worst = worst_pair_sum(_rows(quantized.weights[layer.name].codes, layer.channel_axis), grid.qmax)
+        worst = worst_pair_sum(walked(weight.codes, layer.channel_axis), grid.qmax)
         if worst > INT16_MAX:
             found.append(Saturation(layer.name, worst))
     return sorted(found, key=lambda s: (-s.worst, s.layer))
@@ -63,12 +67,12 @@ def advice(found: list[Saturation], layers: int) -> str:
     """What to tell about them."""
     return (
         f"{len(found)} of {layers} layers can saturate on x86 CPUs without VNNI: in {printable(found[0].layer)} a pair "
-        f"of products reaches {found[0].worst:,}, past {INT16_MAX:,}. For such CPUs, defend the float model with at "
-        "most 7 bits in every layer (--bits 7 --edge-bits 7): those codes cannot"
+        f"of products reaches {found[0].worst:,}, past {INT16_MAX:,}. For such CPUs export with --target ort-avx2, or "
+        "defend the float model with at most 7 bits in every layer (--bits 7 --edge-bits 7): those codes cannot"
     )
 
 
-def _rows(codes: NDArray[np.int8], axis: int) -> list[NDArray[np.int8]]:
+def walked(codes: NDArray[np.int8], axis: int) -> list[NDArray[np.int8]]:
     """One row an output channel, with the input channels outermost and innermost: kernels differ in which it is."""
     first = np.moveaxis(codes, axis, 0)
     outermost = first.reshape(len(first), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from efrapq.errors import UsageError
-from efrapq.exporters import openvino, ort_arm, ort_x86, portable, qnn, tensorrt
+from efrapq.exporters import openvino, ort_arm, ort_avx2, ort_x86, portable, qnn, tensorrt
 from efrapq.exporters.profile import Profile
 from efrapq.io.text import printable
 
@@ -13,6 +13,7 @@ PROFILES = {
     p.name: p
     for p in (
         ort_x86.PROFILE,
+        ort_avx2.PROFILE,
         ort_arm.PROFILE,
         openvino.PROFILE,
         tensorrt.PROFILE,
@@ -34,8 +35,10 @@ def profile(target: str) -> Profile:
     return PROFILES[target]
 
 
-def native_target(machine: str) -> str:
-    """The target for a machine name as `platform.machine()` gives it."""
+def native_target(machine: str, vnni: bool | None = None) -> str:
+    """The target for a machine name as `platform.machine()` gives it. vnni: whether its CPU has it, where known."""
     name = machine.lower()
+    if NATIVE.get(name) == "ort-x86" and vnni is False:
+        return "ort-avx2"
     # 32-bit ARM goes by armv6l, armv7l, armv8l.
     return "ort-arm" if name.startswith("armv") else NATIVE.get(name, "portable")

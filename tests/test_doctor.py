@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from efrapq import doctor
+from efrapq.cpu import describe_cpu
 from efrapq.doctor import CudaDevice, Diagnosis, examine
 
 GOOD = {name: floor if floor != "0" else "0.1.0" for name, (floor, _) in doctor.FLOORS.items()}
@@ -66,7 +67,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setattr(importlib.metadata, "distributions", lambda: distributions)
         monkeypatch.setattr(doctor, "_examine_torch", lambda: torch or doctor._Torch(threads=2))
         monkeypatch.setattr(doctor, "_examine_ort", lambda: ort or WORKING)
-        monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(doctor, "describe_cpu", lambda: describe_cpu(tmp_path / "cpuinfo"))
         monkeypatch.setattr(sys, "platform", system[0])
         monkeypatch.setattr(platform, "machine", lambda: system[1])
         if cpuinfo:
@@ -212,7 +213,7 @@ def test_no_vnni(machine: Machine) -> None:
     assert (diagnosis.cpu, diagnosis.vnni) == ("Old", False)
     what, to_do = only_problem(diagnosis, "warning")
     assert "VNNI" in what
-    assert "--bits 4" in to_do
+    assert "--target ort-avx2" in to_do
 
 
 @pytest.mark.parametrize(

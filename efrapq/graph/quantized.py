@@ -21,7 +21,8 @@ class QuantizedWeight:
 
     codes: int8. scale: (O,) float32 along `axis`, symmetric (zero_point 0). bits: 2 to 8; stored in the next wider
     container, 4 or 8. block: of a matrix whose runs of `block` inputs have a scale each: `scale` then has two axes, as
-    the codes have, `block` times shorter on that of the inputs; 0 where there is one scale per channel.
+    the codes have, `block` times shorter on that of the inputs; 0 where there is one scale per channel. unsigned: the
+    file that they were read from holds them as uint8 around 128, the same real numbers.
     """
 
     codes: NDArray[np.int8]
@@ -29,6 +30,7 @@ class QuantizedWeight:
     axis: int
     bits: int
     block: int = 0
+    unsigned: bool = field(default=False, compare=False)
 
     @property
     def container_bits(self) -> int:

@@ -1,5 +1,6 @@
 """Rounding: the objective and its solvers, as pure functions on tensors."""
 
+from efrapq.rounding.chain import kernel_package
 from efrapq.rounding.coordinate import Coordinate, solve_coordinate, solve_within
 from efrapq.rounding.gram import exact_integers
 from efrapq.rounding.greedy import Factor, factorize
@@ -15,6 +16,7 @@ __all__ = [
     "RoundingProblem",
     "exact_integers",
     "factorize",
+    "kernel_package",
     "make_problem",
     "quadratic_loss",
     "refitted_scale",

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efrapq.rounding.chain import MAX_BLOCK, chain, has_kernel
+from efrapq.rounding.chain import chain, has_kernel, longest_block, workers
 from efrapq.rounding.greedy import Greedy, factorize
 from efrapq.rounding.problem import RoundingProblem
 from efrapq.rounding.threads import one_thread
@@ -166,7 +166,7 @@ class _Descent:
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
     if has_kernel(R.device):
-        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, MAX_BLOCK))
+        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, longest_block(R.device)))
     inputs = up.shape[1]
     flips = 0
     for a in range(0, inputs, block):
@@ -186,20 +186,20 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
 
 
 def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
-    """`_sweep`, each block in one kernel. Nothing is asked of the GPU before the end."""
-    groups, inputs, outputs = up.shape
+    """`_sweep`, each block in one kernel."""
+    inputs = up.shape[1]
     sign = 1.0 - 2.0 * up.float()
     step = sign * scale
-    cost, gain = torch.addcmul(curvature, pull, sign), 2 * step
-    still = R.new_zeros(outputs).expand(groups, block, outputs)
+    cost, gain, still = torch.addcmul(curvature, pull, sign), 2 * step, torch.zeros_like(step)
     moved = torch.empty_like(R)
-    for a in range(0, inputs, block):
-        b = min(a + block, inputs)
-        taken = moved[:, a:b]
-        chain(
-            R[:, a:b], H[:, a:b, a:b], cost[:, a:b], gain[:, a:b], step[:, a:b], still[:, : b - a], taken, values=None
-        )
-        R.baddbmm_(H[:, :, a:b], taken)
+    # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
+    sparse = R.device.type == "cpu"
+    with workers(R.device) as pool:
+        for a in range(0, inputs, block):
+            b = min(a + block, inputs)
+            chain(R, H, cost, gain, step, still, moved, None, a, b, pool)
+            if not (sparse and not bool(moved[:, a:b].any())):
+                R.baddbmm_(H[:, :, a:b], moved[:, a:b])
     flipped = moved != 0
     up ^= flipped
     return int(torch.count_nonzero(flipped))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from efrapq.rounding.chain import MAX_BLOCK, chain, has_kernel
+from efrapq.rounding.chain import chain, has_kernel, longest_block, workers
 from efrapq.rounding.threads import one_thread
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ __all__ = ["Factor", "Greedy", "factorize"]
 
 # Share of the mean diagonal added to H: directions that calibration never saw must not steer the feedback.
 DAMPING = 0.01
-BLOCK = MAX_BLOCK
+BLOCK = 256
 # Columns between two products inside a block.
 PANEL = 16
 
@@ -89,6 +89,8 @@ class Greedy:
 
     def __init__(self, problem: RoundingProblem, factor: Factor, pull: Tensor) -> None:
         self._factor = factor
+        self._chained = has_kernel(factor.triangle.device)
+        self._rows = factor.triangle.contiguous() if self._chained else factor.triangle
         self._index = factor.order[:, :, None].expand_as(factor.offset)
 
         def permuted(x: Tensor) -> Tensor:
@@ -111,7 +113,16 @@ class Greedy:
         rest = torch.add(self._rest, self._pull, alpha=lambda_e)
         pending = offset.clone()
         deltas = torch.empty_like(pending)
-        inputs = pending.shape[1]
+        (self._in_kernels if self._chained else self._in_panels)(pending, deltas, rest)
+        up = torch.zeros_like(deltas, dtype=torch.bool).scatter_(1, self._index, deltas != self._low)
+        # The terms squared add up to the damped quadratic; `pending` holds what they owe to the columns before.
+        terms = torch.addcmul(pending, R.diagonal(dim1=1, dim2=2)[..., None], deltas)
+        losses = _squares(terms) - _squares(offset) - self._factor.damping[:, None] * _squares(deltas)
+        return up, losses
+
+    def _in_panels(self, pending: Tensor, deltas: Tensor, rest: Tensor) -> None:
+        """Choose all columns; `pending` becomes what each owed when it was chosen."""
+        R, inputs = self._factor.triangle, pending.shape[1]
         for a in range(0, inputs, BLOCK):
             b = min(a + BLOCK, inputs)
             block, chosen = pending[:, a:b], deltas[:, a:b]
@@ -122,11 +133,16 @@ class Greedy:
                 )
             if b < inputs:
                 pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), chosen)
-        up = torch.zeros_like(deltas, dtype=torch.bool).scatter_(1, self._index, deltas != self._low)
-        # The terms squared add up to the damped quadratic; `pending` holds what they owe to the columns before.
-        terms = torch.addcmul(pending, R.diagonal(dim1=1, dim2=2)[..., None], deltas)
-        losses = _squares(terms) - _squares(offset) - self._factor.damping[:, None] * _squares(deltas)
-        return up, losses
+
+    def _in_kernels(self, pending: Tensor, deltas: Tensor, rest: Tensor) -> None:
+        """`_in_panels`, each block in one kernel."""
+        R, inputs, block = self._rows, pending.shape[1], longest_block(pending.device)
+        with workers(R.device) as pool:
+            for a in range(0, inputs, block):
+                b = min(a + block, inputs)
+                chain(pending, R, rest, self._step, self._high, self._low, deltas, pending, a, b, pool)
+                if b < inputs:
+                    pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), deltas[:, a:b])
 
 
 def _choose_block(
@@ -134,12 +150,8 @@ def _choose_block(
 ) -> None:
     """Choose the columns of one block in turn, (G, B, O) each; `chosen` is written, `block` brought up to date.
 
-    In panels, so that the rank-one updates stay small enough for one core's cache, and the rest is a product; a GPU
-    has a kernel for it.
+    In panels, so that the rank-one updates stay small enough for one core's cache, and the rest is a product.
     """
-    if has_kernel(block.device):
-        chain(block, within, rest, step, high, low, chosen, values=block)
-        return
     size = block.shape[1]
     columns = [x.unbind(1) for x in (rest, step, block, high, low, chosen)]
     for a in range(0, size, PANEL):

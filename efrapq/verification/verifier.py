@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
+from efrapq.cpu import describe_cpu
 from efrapq.data import Dataset, Preprocess, PreprocessOverride
 from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
 from efrapq.io import OnnxFile, Source, is_quantized, load_onnx, printable, read_source
@@ -302,6 +303,11 @@ class _Verifier:
         }
         document["failed"] = self._failures(document)
         document["verdict"] = "fail" if document["failed"] else "pass"
+        if document["saturation"] and describe_cpu()[1] is False:
+            self._note(
+                f"this CPU has no VNNI: sums can saturate here, in {len(document['saturation'])} of the file's layers, "
+                "and the figures are those of such CPUs; export with --target ort-avx2 for exact sums on any x86"
+            )
         asr = found.asr["float"] or 0.0
         if asr >= AWAKE:
             self._note(
@@ -324,7 +330,7 @@ class _Verifier:
 
         if self.quantized is None:
             return None
-        return [asdict(found) for found in saturating_layers(self.quantized)]
+        return [asdict(found) for found in saturating_layers(self.quantized, as_stored=True)]
 
     def _add_references(
         self, sessions: dict[str, Session], tests: ImageTests | ArrayTests, threads: int

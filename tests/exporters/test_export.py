@@ -471,20 +471,21 @@ def test_an_unknown_target_cannot_drive_the_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "target"),
+    ("machine", "vnni", "target"),
     [
-        ("x86_64", "ort-x86"),
-        ("AMD64", "ort-x86"),
-        ("aarch64", "ort-arm"),
-        ("arm64", "ort-arm"),
-        ("ARM64", "ort-arm"),
-        ("armv7l", "ort-arm"),
-        ("riscv64", "portable"),
-        ("", "portable"),
+        ("x86_64", True, "ort-x86"),
+        ("AMD64", None, "ort-x86"),
+        ("x86_64", False, "ort-avx2"),
+        ("aarch64", None, "ort-arm"),
+        ("arm64", None, "ort-arm"),
+        ("ARM64", None, "ort-arm"),
+        ("armv7l", None, "ort-arm"),
+        ("riscv64", None, "portable"),
+        ("", None, "portable"),
     ],
 )
-def test_native_target(machine: str, target: str) -> None:
-    assert native_target(machine) == target
+def test_native_target(machine: str, vnni: bool | None, target: str) -> None:
+    assert native_target(machine, vnni) == target
 
 
 def test_element_types_are_those_of_the_container(solved: Any) -> None:

@@ -42,6 +42,7 @@ def model(
     scale: float = 0.05,
     block: bool = False,
     control: str = "",
+    code: int | None = None,
 ) -> onnx.ModelProto:
     """x → Q → [Clip] → DQ → Conv, ConvTranspose, Gemm or MatMul → Relu → [Q → DQ] → y: one layer, to be spoilt."""
     rng = np.random.default_rng(0)
@@ -54,7 +55,7 @@ def model(
         else np.array(zero_point).astype(activation),
         "low": np.array(0).astype(activation),
         "high": np.array(15).astype(activation),
-        "w.codes": rng.integers(1, 8, shape).astype(np.int8).astype(weight),
+        "w.codes": (rng.integers(1, 8, shape) if code is None else np.full(shape, code)).astype(weight),
         "w.scale": np.linspace(0.01, 0.02, 4, dtype=F32),
         "w.zero": np.full(4, weight_zero).astype(np.int8 if cast else weight),
     }
@@ -124,6 +125,15 @@ TENSORRT: dict[str, Any] = {"activation": np.int8, "zero_point": 0, "bias": "flo
 INT4: dict[str, Any] = {"weight": ml_dtypes.int4}
 GOOD: dict[str, list[dict[str, Any]]] = {
     "ort-x86": [{}, INT4 | {"cast": True}, {"clip": True}, {"bias": "float"}],
+    "ort-avx2": [
+        {},
+        {"code": 64},
+        {"code": 127, "clip": True},
+        {"code": 127, "quantized_input": False, "bias": "float"},
+        {"code": 127, "op": "ConvTranspose", "axis": 1},
+        {"code": 255, "weight": np.uint8, "weight_zero": 128},
+        INT4 | {"cast": True},
+    ],
     "ort-arm": [{"activation": np.int8}, INT4 | {"activation": np.int8, "cast": True}],
     "openvino": [{}, {"activation": np.int8}, INT4 | {"cast": True}],
     "tensorrt": [
@@ -151,6 +161,14 @@ BROKEN: dict[str, dict[str, tuple[dict[str, Any], str, str, str]]] = {
         "an activation with two scales": ({"x_scales": 4}, "activations_per_tensor", "q_x", "4 scales"),
         "a scale of zero": ({"scale": 0.0}, "scales_positive", "q_x", "not positive"),
         "a scale that is computed": ({"computed_scale": True}, "scales_positive", "q_x", "at run time"),
+    },
+    "ort-avx2": {
+        "int8 activations": ({"activation": np.int8}, "activations_typed", "q_x", "int8, not uint8"),
+        "int4 without a Cast": (INT4, "int4_through_cast", "layer", "without a Cast"),
+        "pairs that leave int16": ({"code": 65}, "pairs_within_int16", "layer", "can reach 33,150"),
+        "unsigned weights around 0": ({"weight": np.uint8}, "weights_symmetric", "layer", "other than 128"),
+        "signed weights around 3": ({"weight_zero": 3}, "weights_symmetric", "layer", "other than 0"),
+        "uint4 weights": ({"weight": ml_dtypes.uint4}, "weights_symmetric", "layer", "uint4, not int8"),
     },
     "ort-arm": {
         "uint8 activations": ({}, "activations_typed", "q_x", "uint8, not int8"),
