@@ -1,12 +1,14 @@
 """What the exported files are worth in ONNX Runtime: speed, size, kernels and agreement, side by side in one run.
 
-    python benchmarks/export.py [--quick] [--networks NAME …] [--threads N …]
+    python benchmarks/export.py [--quick] [--networks NAME …] [--threads N …] [--target ort-avx2]
 
 Of each network: the float file, the int8 file that ONNX Runtime's quantize_static makes of it, and efrapq's int8 and
-int4 files for ort-x86 (W8A8, W4A8), all calibrated on the same images. Every file is timed in a process of its own;
+int4 files for --target (W8A8, W4A8), all calibrated on the same images. Every file is timed in a process of its own;
 the processes take turns, a few runs each, so that what else the machine does hits all alike. Agreement with the float
-file is of ImageNet MobileNetV2, whose weights are trained. Needs CIFAR-10 and the published models (see common.py).
-Writes results/export.json as it goes.
+file is of ImageNet MobileNetV2, whose weights are trained. How far a file's outputs are from what its graph says is
+taken from the same file without optimizations, whose arithmetic is float: without VNNI sums of integers can saturate.
+Needs CIFAR-10 and the published models (see common.py). Writes results/export.json as it goes, for ort-avx2
+results/export-avx2.json.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 import efrapq
@@ -53,7 +56,7 @@ ROUNDS = (10, 100)
 NOISE = 0.02
 
 
-def make(name: str, target: Path, images: int) -> dict[str, Any]:
+def make(name: str, target: Path, images: int, runtime: str) -> dict[str, Any]:
     """Write the four files of a network, and what can be said of them without a clock."""
     folder = shared_folder()
     assert folder is not None
@@ -75,11 +78,15 @@ def make(name: str, target: Path, images: int) -> dict[str, Any]:
             preprocess=found.preprocess,
             input_shape=shape,
             bits=bits,
-            target="ort-x86",
+            target=runtime,
         )
         (target / f"int{bits}.onnx").write_bytes(made.data)
-    np.save(target / "input.npy", found.data.inputs(range(max(BATCHES)), found.preprocess))
-    files = {file: describe((target / f"{file}.onnx").read_bytes()) for file in FILES}
+    x = found.data.inputs(range(max(BATCHES)), found.preprocess)
+    np.save(target / "input.npy", x)
+    files = {}
+    for file in FILES:
+        data = (target / f"{file}.onnx").read_bytes()
+        files[file] = describe(data) | {"signal_to_error_db": fidelity(data, x)}
     if name == "imagenet-mobilenetv2":
         agreement(found, target, calibration, files)
     return {"title": found.name, "origin": found.origin, "images": images, "files": files}
@@ -104,6 +111,17 @@ def describe(data: bytes) -> dict[str, Any]:
         "qdq": ops["QuantizeLinear"] + ops["DequantizeLinear"] - entry,
         "operators": dict(sorted(ops.items())),
     }
+
+
+def fidelity(data: bytes, x: NDArray[np.float32]) -> float:
+    """The file's outputs against those that it has without optimizations, signal to error in dB."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    wanted = plain.run(None, {plain.get_inputs()[0].name: x})[0].astype(np.float64)
+    error = np.square(open_session(data).logits(x) - wanted).sum()
+    return float(10 * np.log10(np.square(wanted).sum() / max(error, 1e-30)))
 
 
 def agreement(found: Network, target: Path, calibration: NDArray[np.int64], files: dict[str, Any]) -> None:
@@ -225,6 +243,12 @@ def tables(document: dict[str, Any], networks: list[str], threads: list[int]) ->
         for found in measured.values()
     ]
     show("kernels: integer/float, Q/DQ nodes left inside", ("network", *(TITLES[f] for f in FILES[1:])), rows)
+    rows = [
+        [found["title"], *(f"{found['files'][f]['signal_to_error_db']:.1f}" for f in FILES[1:])]
+        for found in measured.values()
+    ]
+    title = "outputs against those of the same file without optimizations, signal to error, dB"
+    show(title, ("network", *(TITLES[f] for f in FILES[1:])), rows)
     if "imagenet-mobilenetv2" in measured:
         files = measured["imagenet-mobilenetv2"]["files"]
         inside, outside = files["float"]["agreement"]["images"]
@@ -280,23 +304,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-20, few images and runs: whether it works at all")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--target", choices=("ort-x86", "ort-avx2"), default="ort-x86", help="of efrapq's files")
     parser.add_argument("--make", nargs=3, metavar=("NAME", "FOLDER", "IMAGES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
-        print(json.dumps(make(args.make[0], Path(args.make[1]), int(args.make[2]))))
+        print(json.dumps(make(args.make[0], Path(args.make[1]), int(args.make[2]), args.target)))
         return
     if shared_folder() is None:
         raise SystemExit("no development data: set EFRAPQ_SHARED to the folder with CIFAR-10 and the published models")
-    import onnxruntime
-
     networks = ["resnet20"] if args.quick else args.networks
-    path = RESULTS / ("export-quick.json" if args.quick else "export.json")
+    suffix = args.target.removeprefix("ort").removesuffix("-x86") + ("-quick" if args.quick else "")
+    path = RESULTS / f"export{suffix}.json"
     document = json.loads(path.read_text()) if path.exists() else {"networks": {}}
-    document |= {"machine": machine() | {"onnxruntime": onnxruntime.__version__}}
+    document |= {"machine": machine() | {"onnxruntime": ort.__version__}}
     for name in networks:
         images = 64 if args.quick else CALIBRATION.get(name, 512)
         with tempfile.TemporaryDirectory(prefix="efrapq-") as folder:
-            command = [sys.executable, __file__, "--make", name, folder, str(images)]
+            command = [sys.executable, __file__, "--target", args.target, "--make", name, folder, str(images)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise SystemExit(f"{name}: {done.stderr}")

@@ -10,7 +10,7 @@ __all__ = ["chain_kernel"]
 
 # One compilation serves all layers: no size is built in.
 @triton.jit(do_not_specialize=["begin", "size", "inputs", "outputs"])
-def chain_kernel(  # type: ignore[no-untyped-def]
+def chain_kernel(
     base,
     a,
     b,

@@ -101,7 +101,7 @@ def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     """A safetensors file with its metadata sorted: the library writes it in a random order."""
     from safetensors.torch import save
 
-    data = save(dict(tensors), metadata=dict(metadata))
+    data: bytes = save(dict(tensors), metadata=dict(metadata))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
