@@ -75,11 +75,14 @@ def chain(
     begin: int,
     end: int,
     pool: ThreadPoolExecutor | None = None,
+    *,
+    symmetric: bool = False,
 ) -> None:
     """Choose the columns `begin` to `end` in turn: writes these columns of `out`, and v into those of `values`.
 
     base, a, b, high, low, out, values: (G, D, O) float32, contiguous; `values` may be `base`. rows: (G, D, D) float32,
-    contiguous, entry (i, j) what a unit of column i adds to column j > i. pool: from `workers`.
+    contiguous, entry (i, j) what a unit of column i adds to column j > i. pool: from `workers`. symmetric: whether
+    `rows` is.
     """
     columns = [base, a, b, high, low, out, base if values is None else values]
     if any(x.shape != base.shape or not x.is_contiguous() for x in columns) or not rows.is_contiguous():
@@ -89,7 +92,7 @@ def chain(
     if base.device.type == "cpu":
         _on_cpu(columns, rows, values is not None, begin, end, pool)
     else:
-        _on_gpu(columns, rows, values is not None, begin, end)
+        _on_gpu(columns, rows, values is not None, begin, end, symmetric=symmetric)
 
 
 def _on_cpu(
@@ -113,12 +116,24 @@ def _on_cpu(
         done.result()
 
 
-def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: int) -> None:
+def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: int, *, symmetric: bool) -> None:
     kernel = importlib.import_module("efrapq.rounding.chain_gpu").chain_kernel
     groups, inputs, outputs = columns[0].shape
     # What comes into a column, side by side.
-    block = rows[:, begin:end, begin:end].transpose(1, 2).contiguous()
+    block = rows[:, begin:end, begin:end]
+    if not symmetric:
+        block = block.transpose(1, 2).contiguous()
     grid = (-(-outputs // ROWS), groups)
     kernel[grid](
-        *columns, block, begin, end - begin, inputs, outputs, KEEP=keep, BLOCK=LONGEST["cuda"], ROWS=ROWS, num_warps=1
+        *columns,
+        block,
+        *block.stride()[:2],
+        begin,
+        end - begin,
+        inputs,
+        outputs,
+        KEEP=keep,
+        BLOCK=LONGEST["cuda"],
+        ROWS=ROWS,
+        num_warps=1,
     )

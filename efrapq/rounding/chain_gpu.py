@@ -9,7 +9,7 @@ __all__ = ["chain_kernel"]
 
 
 # One compilation serves all layers: no size is built in.
-@triton.jit(do_not_specialize=["begin", "size", "inputs", "outputs"])
+@triton.jit(do_not_specialize=["block_g", "block_j", "begin", "size", "inputs", "outputs"])
 def chain_kernel(
     base,
     a,
@@ -19,6 +19,8 @@ def chain_kernel(
     out,
     values,
     block,
+    block_g,
+    block_j,
     begin,
     size,
     inputs,
@@ -27,15 +29,15 @@ def chain_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: ROWS output rows of one group, all columns of the block. block: (G, size, size), what comes into a
-    column side by side; the others as `chain` takes them.
+    """One program: ROWS output rows of one group, all columns of the block. block: (G, size, size), what comes into
+    column j side by side in row j, with its strides; the others as `chain` takes them.
     """
     group = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < outputs
     columns = tl.arange(0, BLOCK)
     at = (group * inputs + begin) * outputs + rows
-    block += group * size * size + columns
+    block += group * block_g + columns
     chosen = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     # The next column is loaded while this one is decided.
     next_base = tl.load(base + at, mask=inside, other=0.0)
@@ -54,7 +56,7 @@ def chain_kernel(
         next_b = tl.load(b + then, mask=inside, other=0.0)
         next_high = tl.load(high + then, mask=inside, other=0.0)
         next_low = tl.load(low + then, mask=inside, other=0.0)
-        next_in = tl.load(block + following * size, mask=columns <= j, other=0.0)
+        next_in = tl.load(block + following * block_j, mask=columns <= j, other=0.0)
         value = this_base + tl.sum(chosen * this_in[None, :], axis=1)
         choice = tl.where(this_a + this_b * value < 0, this_high, this_low)
         tl.store(out + at + j * outputs, choice, mask=inside)

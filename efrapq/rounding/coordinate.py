@@ -197,7 +197,7 @@ def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor
     with workers(R.device) as pool:
         for a in range(0, inputs, block):
             b = min(a + block, inputs)
-            chain(R, H, cost, gain, step, still, moved, None, a, b, pool)
+            chain(R, H, cost, gain, step, still, moved, None, a, b, pool, symmetric=True)
             if not (sparse and not bool(moved[:, a:b].any())):
                 R.baddbmm_(H[:, :, a:b], moved[:, a:b])
     flipped = moved != 0

@@ -166,9 +166,12 @@ import torch
 from efrapq.rounding import chain as module
 from tests_chain import check, random_chain
 
-module._on_cpu = lambda columns, rows, keep, begin, end, pool: module._on_gpu(columns, rows, keep, begin, end)
-for groups, inputs, outputs, begin, end in ((1, 30, 11, 4, 25), (2, 9, 1, 0, 9), (1, 3, 8, 1, 2)):
-    check(*random_chain(groups, inputs, outputs, 0), begin, end)
+for symmetric in (False, True):
+    module._on_cpu = lambda *a: module._on_gpu(*a[:-1], symmetric=symmetric)
+    for groups, inputs, outputs, begin, end in ((1, 20, 11, 4, 18), (2, 9, 1, 0, 9), (1, 3, 8, 1, 2)):
+        base, rows, *others = random_chain(groups, inputs, outputs, 0)
+        rows = rows + rows.transpose(1, 2) if symmetric else rows
+        check(base, rows, *others, begin, end)
 print("as defined")
 """
 
