@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import efrapq
-from benchmarks.common import RESULTS, machine, markdown, save, shared_folder, show, strips, write_page
+from benchmarks.common import RESULTS, machine, markdown, native, save, shared_folder, show, strips, write_page
 from efrapq.data import Dataset, load_dataset
 from efrapq.models import weights
 
@@ -115,7 +115,7 @@ def subjects(paths: list[Path], images: int) -> list[Subject]:
 
 def measure(subject: Subject, options: dict[str, Any]) -> dict[str, Any]:
     """Defend with these options, verify in ONNX Runtime."""
-    settings = {"bits": subject.bits, "calib": subject.calibration, "target": "ort-x86"} | options
+    settings = {"bits": subject.bits, "calib": subject.calibration, "target": native()} | options
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defended.onnx"
         made = efrapq.defend(subject.path, path, **settings)

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from efrapq.cpu import describe_cpu
 from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.exporters import native_target
 from efrapq.io import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,6 +105,11 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def native() -> str:
+    """The target of this CPU, whose sums are exact on it: without VNNI those of `ort-x86` would saturate."""
+    return native_target(platform.machine(), describe_cpu()[1])
 
 
 def peak_memory() -> int:

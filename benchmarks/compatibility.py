@@ -2,7 +2,7 @@
 
     python benchmarks/compatibility.py FOLDER [--only NAME …] [--bits 8] [--images 32] [--page]
 
-Every .onnx file in FOLDER is defended for ort-x86 (8-bit activations) in a process of its own with a time limit, and
+Every .onnx file in FOLDER is defended for this CPU (8-bit activations) in a process of its own with a time limit, and
 the result is run in ONNX Runtime beside the float file, on samples that did not calibrate it. Samples: NAME.calib.npz
 beside the model, one array per input of the model in its layout (samples on the batch axis, mostly the first); without
 it the model gets photographs (see common.py), resized to what it takes. FOLDER/sources.json says, by file name, where
@@ -32,7 +32,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import efrapq
-from benchmarks.common import RESULTS, machine, markdown, save, shared_folder, show, write_page
+from benchmarks.common import RESULTS, machine, markdown, native, save, shared_folder, show, write_page
 from benchmarks.encoder import HEADER as ENCODER
 from benchmarks.encoder import encoder_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
@@ -44,7 +44,6 @@ from efrapq.graph.prepare import prepare
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import open_session
 
-TARGET = "ort-x86"
 DYNAMIC_SIZE = 224
 BITS = (8, 4)
 
@@ -186,7 +185,7 @@ def attempt(path: Path, bits: int, count: int, about: Mapping[str, Any]) -> dict
     try:
         samples = samples_for(path, model_inputs(proto, path.name), count, about)
         started = time.perf_counter()
-        made = efrapq.defend(path, calib=samples.calibration, calib_size=count, bits=bits, target=TARGET)
+        made = efrapq.defend(path, calib=samples.calibration, calib_size=count, bits=bits, target=native())
     except EfrapqError as exc:
         return {"outcome": "refused", "error": type(exc).__name__, "message": str(exc).replace(f"{path.parent}/", "")}
     seconds = time.perf_counter() - started

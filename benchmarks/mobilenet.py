@@ -34,6 +34,7 @@ from benchmarks.common import (
     imagenet_mobilenet,
     machine,
     markdown,
+    native,
     save,
     shared_folder,
     show,
@@ -317,7 +318,7 @@ def measure(
         equalized = ir.to_proto(model).SerializeToString()
         quantized, flipped = quantize(model, chunks, variant)
         seconds += time.perf_counter() - started
-        data_out = export_model(quantized, "ort-x86").SerializeToString()
+        data_out = export_model(quantized, native()).SerializeToString()
         want = truth[outside]
         got = logits(data_out, held_out, preprocess)
         labels = IMAGENET_CLASSES[held_out.require_labels()]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import efrapq
+from benchmarks.common import native
 from efrapq.data import Dataset, Preprocess
 from efrapq.exporters import export_model
 from efrapq.graph.executor import Executor
@@ -31,7 +32,6 @@ from efrapq.grid import code_range
 from efrapq.loading import load
 from efrapq.verification.ort_static import quantize_with_ort
 
-TARGET = "ort-x86"
 BATCH = 64
 
 
@@ -85,7 +85,7 @@ Rival = Callable[[Case], bytes | QuantizedModel]
 def defended(case: Case, **options: Any) -> efrapq.Defended:
     """`efrapq.defend` with the case's bits, images and seed."""
     settings: dict[str, Any] = {"calib": case.calibration, "preprocess": case.preprocess, "seed": case.seed}
-    settings |= {"bits": case.bits, "act_bits": case.act_bits, "target": TARGET}
+    settings |= {"bits": case.bits, "act_bits": case.act_bits, "target": native()}
     return efrapq.defend(case.path, None, **(settings | options))
 
 
@@ -192,7 +192,7 @@ def make(case: Case, rival: Rival) -> Made:
         return Made(found, None, seconds)
     changed = sum(int((w.codes != case.nearest.weights[name].codes).sum()) for name, w in found.weights.items())
     total = sum(w.codes.size for w in found.weights.values())
-    return Made(export_model(found, TARGET).SerializeToString(deterministic=True), 100 * changed / total, seconds)
+    return Made(export_model(found, native()).SerializeToString(deterministic=True), 100 * changed / total, seconds)
 
 
 class _Network:

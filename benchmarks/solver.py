@@ -36,6 +36,7 @@ from benchmarks.common import (
     fitted_exponent,
     imagenet_mobilenet,
     machine,
+    native,
     peak_memory,
     resnet20,
     save,
@@ -87,7 +88,7 @@ def run_one(spec: dict[str, Any]) -> dict[str, Any]:
         input_shape=found.input_shape if own else None,
         calib_size=spec["images"],
         bits=spec["bits"],
-        target="ort-x86",
+        target=native(),
         device=spec.get("device", "cpu"),
         **spec.get("options", {}),
     )
