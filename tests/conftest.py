@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,16 @@ def _session(proto: onnx.ModelProto, optimized: bool = True, save: Path | None =
     if save is not None:
         options.optimized_model_filepath = str(save)
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="session")
+def run_exactly() -> Callable[..., list[NDArray[Any]]]:
+    """(a file's bytes, feeds by input name) → the outputs, whose integer sums are exact without VNNI as well."""
+
+    def run(data: bytes, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        return list(_session(onnx.ModelProto.FromString(data)).run(None, dict(feeds)))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ def defended(tmp_path, solver: str, **options: object) -> dict:
     calibration = load_dataset(weights.SAMPLES, split="calib").subset(256, seed=0)
     test = load_dataset(weights.SAMPLES, split="test").select(np.arange(750))
     path = tmp_path / f"{solver}.onnx"
-    efrapq.defend(weights.SUBJECT, path, bits=4, calib=calibration, solver=solver, target="ort-x86", **options)
+    efrapq.defend(weights.SUBJECT, path, bits=4, calib=calibration, solver=solver, **options)
     result = efrapq.verify(
         path, data=test, trigger=weights.TRIGGER, target_class=weights.TARGET_CLASS, float_model=weights.SUBJECT
     )

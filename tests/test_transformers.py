@@ -198,7 +198,7 @@ def file(encoder: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def made(file: Path) -> Defended:
-    return efrapq.defend(file, bits=8, calib=tokens(64), target="ort-x86")
+    return efrapq.defend(file, bits=8, calib=tokens(64))
 
 
 def logits(session: Session, feeds: dict[str, NDArray[np.int64]]) -> NDArray[np.float64]:
@@ -324,7 +324,7 @@ def test_only_float_values_have_a_grid(made: Defended) -> None:
 
 
 def test_four_bit_weights_on_integer_kernels(file: Path) -> None:
-    made = efrapq.defend(file, bits=4, calib=tokens(64), target="ort-x86")
+    made = efrapq.defend(file, bits=4, calib=tokens(64))
     report = report_kernels(open_session(made.data).optimized)
     assert report.integer == LAYERS * 7 + 2
     assert softmax_products(report)
@@ -333,7 +333,7 @@ def test_four_bit_weights_on_integer_kernels(file: Path) -> None:
 
 
 def test_the_same_inputs_give_the_same_bytes(file: Path, made: Defended) -> None:
-    assert efrapq.defend(file, bits=8, calib=tokens(64), target="ort-x86").data == made.data
+    assert efrapq.defend(file, bits=8, calib=tokens(64)).data == made.data
 
 
 def test_a_word_out_of_the_vocabulary_is_refused(file: Path) -> None:

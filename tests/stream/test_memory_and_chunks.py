@@ -155,7 +155,8 @@ def test_widths_between_the_containers(
     onnx.save(residual_net(), path)
     edge_bits = bits if edges == "as-wide" else 8
     x = images(48)
-    made = efrapq.defend(path, output, bits=bits, edge_bits=edge_bits, calib=Dataset.from_arrays(x, None, "calib"))
+    calib = Dataset.from_arrays(x, None, "calib")
+    made = efrapq.defend(path, output, bits=bits, edge_bits=edge_bits, calib=calib, target="ort-x86")
 
     found = efrapq.verify(output, float_model=path).document
     assert found["codes"]["match"] is True
