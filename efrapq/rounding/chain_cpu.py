@@ -38,17 +38,14 @@ def chain_kernel(
     keep: bool,
     begin: int,
     end: int,
-    first_group: int,
-    last_group: int,
-    first: int,
-    last: int,
 ) -> None:
-    """These groups and output rows, the columns `begin` to `end`. All else as `chain` takes it."""
+    """The columns `begin` to `end`; all else as `chain` takes it."""
     size = end - begin
-    for group in range(first_group, last_group):
-        for start in range(first, last, TILE):
+    groups, _, outputs = base.shape
+    for group in range(groups):
+        for start in range(0, outputs, TILE):
             # Not a constant: loops of an unknown length become vector instructions, short known ones do not.
-            count = min(TILE, last - start)
+            count = min(TILE, outputs - start)
             value = np.empty((size, count), np.float32)
             chosen = np.empty(count, np.float32)
             for j in range(size):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efrapq.rounding.chain import chain, has_kernel, longest_block, workers
+from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel
 from efrapq.rounding.greedy import Greedy, factorize
 from efrapq.rounding.problem import RoundingProblem
 from efrapq.rounding.threads import one_thread
@@ -166,7 +166,7 @@ class _Descent:
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
     if has_kernel(R.device):
-        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, longest_block(R.device)))
+        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, LONGEST_BLOCK))
     inputs = up.shape[1]
     flips = 0
     for a in range(0, inputs, block):
@@ -194,12 +194,11 @@ def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor
     moved = torch.empty_like(R)
     # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
     sparse = R.device.type == "cpu"
-    with workers(R.device) as pool:
-        for a in range(0, inputs, block):
-            b = min(a + block, inputs)
-            chain(R, H, cost, gain, step, still, moved, None, a, b, pool, symmetric=True)
-            if not (sparse and not bool(moved[:, a:b].any())):
-                R.baddbmm_(H[:, :, a:b], moved[:, a:b])
+    for a in range(0, inputs, block):
+        b = min(a + block, inputs)
+        chain(R, H, cost, gain, step, still, moved, None, a, b, symmetric=True)
+        if not (sparse and not bool(moved[:, a:b].any())):
+            R.baddbmm_(H[:, :, a:b], moved[:, a:b])
     flipped = moved != 0
     up ^= flipped
     return int(torch.count_nonzero(flipped))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from efrapq.rounding.chain import chain, has_kernel, longest_block, workers
+from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel
 from efrapq.rounding.threads import one_thread
 
 if TYPE_CHECKING:
@@ -136,13 +136,12 @@ class Greedy:
 
     def _in_kernels(self, pending: Tensor, deltas: Tensor, rest: Tensor) -> None:
         """`_in_panels`, each block in one kernel."""
-        R, inputs, block = self._rows, pending.shape[1], longest_block(pending.device)
-        with workers(R.device) as pool:
-            for a in range(0, inputs, block):
-                b = min(a + block, inputs)
-                chain(pending, R, rest, self._step, self._high, self._low, deltas, pending, a, b, pool)
-                if b < inputs:
-                    pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), deltas[:, a:b])
+        R, inputs = self._rows, pending.shape[1]
+        for a in range(0, inputs, LONGEST_BLOCK):
+            b = min(a + LONGEST_BLOCK, inputs)
+            chain(pending, R, rest, self._step, self._high, self._low, deltas, pending, a, b)
+            if b < inputs:
+                pending[:, b:].baddbmm_(R[:, a:b, b:].transpose(1, 2), deltas[:, a:b])
 
 
 def _choose_block(
