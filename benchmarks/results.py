@@ -30,7 +30,18 @@ import numpy as np
 import efrapq
 from benchmarks.common import IMAGENET, RESULTS, machine, show
 from benchmarks.rivals import Case, make, rivals
-from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, quick_entries, start_file, train
+from benchmarks.subjects import (
+    FOLDER,
+    TARGET,
+    TRIGGER,
+    Entry,
+    data_file,
+    entries,
+    quick_entries,
+    start_file,
+    train,
+    within_reach,
+)
 from efrapq.data import load_dataset
 
 CONTROL = "clean ResNet-20"
@@ -143,7 +154,7 @@ def main() -> None:
         args.methods = args.methods or QUICK_METHODS
         known = {entry.name: entry for entry in quick_entries()}
         names = list(known)
-    names = args.subjects or names
+    names = args.subjects or [name for name in names if (entry := known[name]) is None or within_reach(entry)]
     if unknown := sorted(set(names) - known.keys()):
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     started = time.perf_counter()
