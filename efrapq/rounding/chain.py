@@ -86,16 +86,6 @@ def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: in
     if not symmetric:
         block = block.transpose(1, 2).contiguous()
     grid = (-(-outputs // ROWS), groups)
-    kernel[grid](
-        *columns,
-        block,
-        *block.stride()[:2],
-        begin,
-        end - begin,
-        inputs,
-        outputs,
-        KEEP=keep,
-        BLOCK=LONGEST_BLOCK,
-        ROWS=ROWS,
-        num_warps=1,
-    )
+    sizes = (begin, end - begin, inputs, outputs)
+    with torch.cuda.device_of(block):  # Triton launches on the current device
+        kernel[grid](*columns, block, *block.stride()[:2], *sizes, keep, LONGEST_BLOCK, ROWS, num_warps=1)
