@@ -45,6 +45,8 @@ def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     vnni = {True: "with VNNI", False: "without VNNI", None: "VNNI unknown"}[found.vnni]
     yield "cpu", f"{found.cpu or 'unknown'}, {vnni}"
     yield "torch threads", str(found.torch_threads)
+    compiled = "numba" in found.versions
+    yield "column loop, CPU", "numba" if compiled else "tensor operations; pip install 'efrapq[fast]' compiles it"
     for device in found.cuda_devices:
         yield "torch GPU", f"{device.name}, {device.memory_bytes / 2**30:.0f} GiB"
     if not found.cuda_devices:

@@ -40,6 +40,8 @@ FLOORS: Mapping[str, tuple[str, str]] = {
     "pillow": ("11", ""),
 }
 ORT_FLOOR = "1.23"
+# What compiles the solver's column loop, where it is there.
+COMPILERS = ("numba", "triton")
 # All of these install the one module `onnxruntime`.
 ORT_BUILDS = frozenset(
     {"onnxruntime", "ort-nightly", "ort-nightly-gpu", "ort-nightly-directml"}
@@ -122,6 +124,7 @@ def examine() -> Diagnosis:
     """Look at this installation. Imports torch and onnxruntime, opens one tiny session, prints nothing."""
     ort_packages = _ort_packages()
     versions = {name: _version(name) for name in FLOORS} | ort_packages
+    versions |= {name: version for name in COMPILERS if (version := _version(name)) is not None}
     cpu, vnni = describe_cpu()
     # torch comes first: the CUDA libraries that it brings are then found by ONNX Runtime too.
     torch = _examine_torch() if versions["torch"] is not None else _Torch()
