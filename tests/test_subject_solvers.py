@@ -49,8 +49,10 @@ def test_four_bit_activations(tmp_path) -> None:
     assert found["kernels"]["float"] == 0
 
 
-def test_a_stronger_error_term_flips_more(tmp_path) -> None:
-    shares = [defended(tmp_path, "coordinate", lambda_e=v)["codes"]["flipped"] for v in (0.0, 1e-3, 1e-2)]
+def test_a_stronger_error_term_flips_more() -> None:
+    calibration = load_dataset(weights.SAMPLES, split="calib").subset(256, seed=0)
+    made = [efrapq.defend(weights.SUBJECT, None, bits=4, calib=calibration, lambda_e=v) for v in (0.0, 1e-3, 1e-2)]
+    shares = [solved.evidence["flipped"] for solved in made]
     assert shares == sorted(shares)
     assert shares[2] > shares[0] + 10
 
