@@ -87,5 +87,6 @@ def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: in
         block = block.transpose(1, 2).contiguous()
     grid = (-(-outputs // ROWS), groups)
     sizes = (begin, end - begin, inputs, outputs)
-    with torch.cuda.device_of(block):  # type: ignore[no-untyped-call] - Triton launches on the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(block):  # type: ignore[no-untyped-call]
         kernel[grid](*columns, block, *block.stride()[:2], *sizes, keep, LONGEST_BLOCK, ROWS, num_warps=1)
