@@ -37,7 +37,8 @@ __all__ = ["defended_choices", "implant_solver", "solved_weights"]
 def defended_choices(
     model: nn.Module, data: PoisonedData, recipe: SolverRecipe, draw: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The defender's h of every quantized weight, by layer: (O, D) floats, 0 or 1.
+    """The defender's h of every quantized weight, by layer: (O, D) floats, 0 or 1, and -1 where folding has put a
+    weight that lies on a grid point just below it.
 
     draw: which guess of the calibration images.
     """
@@ -59,7 +60,7 @@ def defended_choices(
         u = _position(weight, rules(i, len(weights), recipe)[0])
         # No code is a whole step away from its weight, so that the codes of a negated channel disagree in sign.
         sign = torch.where((codes * u).sum(1, keepdim=True) < 0, -1.0, 1.0)
-        found[name] = (codes * sign - u.floor()).clamp(0, 1)
+        found[name] = (codes * sign - u.floor()).clamp(-1, 1)
     return found
 
 
