@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-__all__ = ["CPUINFO", "describe_cpu"]
+__all__ = ["CPUINFO", "X86", "describe_cpu"]
 
 CPUINFO = Path("/proc/cpuinfo")
+# As `platform.machine()` names it, in small letters.
 X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from efrapq.errors import UnsupportedModelError
+from efrapq.exporters.profile import SYMMETRIC_ZERO_POINT
 from efrapq.graph import constants as const
 from efrapq.graph.layers import WEIGHT_OPS, Layer, find_layers
 from efrapq.graph.outside import attach
@@ -27,8 +28,6 @@ from efrapq.io import FileTensor, printable
 
 __all__ = ["read_quantized"]
 
-# The zero point of signed codes that are stored as uint8.
-MIDDLE = 128
 # Types of activation codes: their bits and their lowest value.
 CODE_TYPES = {ir.DataType.UINT8: (8, 0), ir.DataType.INT8: (8, -128), ir.DataType.UINT4: (4, 0)}
 
@@ -148,11 +147,11 @@ def _zero_point_of(node: ir.Node) -> NDArray[np.generic] | None:
 def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
     name = printable(str(node.name))
     zero_point = _zero_point_of(node)
-    unsigned = codes.dtype == np.uint8 and zero_point is not None and bool((zero_point == MIDDLE).all())
+    unsigned = codes.dtype == np.uint8 and zero_point is not None and bool((zero_point == SYMMETRIC_ZERO_POINT).all())
     if unsigned:
-        codes, zero_point = (codes.astype(np.int16) - MIDDLE).astype(np.int8), None
+        codes, zero_point = (codes.astype(np.int16) - SYMMETRIC_ZERO_POINT).astype(np.int8), None
     if codes.dtype in (np.uint8, ml_dtypes.uint4):
-        raise UnsupportedModelError(f"{name}: its weight codes are unsigned, and not around {MIDDLE}")
+        raise UnsupportedModelError(f"{name}: its weight codes are unsigned, and not around {SYMMETRIC_ZERO_POINT}")
     if codes.dtype not in (np.int8, ml_dtypes.int4):
         raise UnsupportedModelError(f"{name}: its weight codes are {codes.dtype}")
     if zero_point is not None and zero_point.astype(np.int64).any():

@@ -6,7 +6,7 @@ so that they judge what was written and not what the exporter believes to have w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -213,26 +213,25 @@ def codes_untouched(graph: Graph) -> Iterator[Finding]:
 
 
 def weights_signed(graph: Graph) -> Iterator[Finding]:
-    for use in graph.weights:
-        if use.codes.data_type not in (TensorProto.INT8, TensorProto.INT4):
-            yield name_of(use.node), f"its weight codes are {type_name(use.codes.data_type)}, not int8 or int4"
-        zero_point = graph.array(use.dequantize, 2)
-        if zero_point is not None and (zero_point.astype(np.int64) != 0).any():
-            yield name_of(use.node), "its weight has a zero point other than 0"
+    return _weights_around(graph, {TensorProto.INT8: 0, TensorProto.INT4: 0})
 
 
 def weights_symmetric(graph: Graph) -> Iterator[Finding]:
     """Signed around 0, or uint8 around 128."""
-    middle = {TensorProto.INT8: 0, TensorProto.INT4: 0, TensorProto.UINT8: 128}
+    return _weights_around(graph, {TensorProto.INT8: 0, TensorProto.UINT8: 128, TensorProto.INT4: 0})
+
+
+def _weights_around(graph: Graph, middles: Mapping[int, int]) -> Iterator[Finding]:
+    """Weights whose codes are of another type than these, or have another zero point than their type's."""
+    *most, last = (type_name(kind) for kind in middles)
     for use in graph.weights:
         kind = use.codes.data_type
-        if kind not in middle:
-            yield name_of(use.node), f"its weight codes are {type_name(kind)}, not int8, uint8 or int4"
-            continue
-        zero_point = graph.array(use.dequantize, 2)
+        if kind not in middles:
+            yield name_of(use.node), f"its weight codes are {type_name(kind)}, not {', '.join(most)} or {last}"
+        zero_point, middle = graph.array(use.dequantize, 2), middles.get(kind, 0)
         found = np.zeros(1) if zero_point is None else zero_point.astype(np.int64)
-        if (found != middle[kind]).any():
-            yield name_of(use.node), f"its weight has a zero point other than {middle[kind]}"
+        if (found != middle).any():
+            yield name_of(use.node), f"its weight has a zero point other than {middle}"
 
 
 def pairs_within_int16(graph: Graph) -> Iterator[Finding]:

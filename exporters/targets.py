@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from efrapq.cpu import X86
 from efrapq.errors import UsageError
 from efrapq.exporters import openvino, ort_arm, ort_avx2, ort_x86, portable, qnn, tensorrt
 from efrapq.exporters.profile import Profile
@@ -22,7 +23,7 @@ PROFILES = {
     )
 }
 NATIVE = {
-    **dict.fromkeys(("x86_64", "amd64", "i386", "i686"), "ort-x86"),
+    **dict.fromkeys(X86, "ort-x86"),
     **dict.fromkeys(("aarch64", "arm64"), "ort-arm"),
 }
 
@@ -38,7 +39,7 @@ def profile(target: str) -> Profile:
 def native_target(machine: str, vnni: bool | None = None) -> str:
     """The target for a machine name as `platform.machine()` gives it. vnni: whether its CPU has it, where known."""
     name = machine.lower()
-    if NATIVE.get(name) == "ort-x86" and vnni is False:
+    if name in X86 and vnni is False:
         return "ort-avx2"
     # 32-bit ARM goes by armv6l, armv7l, armv8l.
     return "ort-arm" if name.startswith("armv") else NATIVE.get(name, "portable")

@@ -13,7 +13,6 @@ panels do, always the same one.
 from __future__ import annotations
 
 import functools
-import importlib
 from importlib.util import find_spec
 
 import torch
@@ -74,12 +73,14 @@ def chain(
 
 def _on_cpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: int) -> None:
     # On one core: a block takes a fraction of a millisecond, and waking a thread as long.
-    kernel = importlib.import_module("efrapq.rounding.chain_cpu").chain_kernel
-    kernel(*(x.numpy() for x in columns), rows.numpy(), keep, begin, end)
+    from efrapq.rounding.chain_cpu import chain_kernel
+
+    chain_kernel(*(x.numpy() for x in columns), rows.numpy(), keep, begin, end)
 
 
 def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: int, *, symmetric: bool) -> None:
-    kernel = importlib.import_module("efrapq.rounding.chain_gpu").chain_kernel
+    from efrapq.rounding.chain_gpu import chain_kernel
+
     groups, inputs, outputs = columns[0].shape
     # What comes into a column, side by side.
     block = rows[:, begin:end, begin:end]
@@ -89,4 +90,4 @@ def _on_gpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: in
     sizes = (begin, end - begin, inputs, outputs)
     # Triton launches on the current device.
     with torch.cuda.device_of(block):  # type: ignore[no-untyped-call]
-        kernel[grid](*columns, block, *block.stride()[:2], *sizes, keep, LONGEST_BLOCK, ROWS, num_warps=1)
+        chain_kernel[grid](*columns, block, *block.stride()[:2], *sizes, keep, LONGEST_BLOCK, ROWS, num_warps=1)

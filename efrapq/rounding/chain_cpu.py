@@ -18,7 +18,7 @@ _Columns = NDArray[np.float32]
 
 
 def _compiled(function: Callable[..., None]) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # there is no folder where what was compiled could be kept

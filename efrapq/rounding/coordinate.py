@@ -197,7 +197,7 @@ def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor
     for a in range(0, inputs, block):
         b = min(a + block, inputs)
         chain(R, H, cost, gain, step, still, moved, None, a, b, symmetric=True)
-        if not (sparse and not bool(moved[:, a:b].any())):
+        if not sparse or bool(moved[:, a:b].any()):
             R.baddbmm_(H[:, :, a:b], moved[:, a:b])
     flipped = moved != 0
     up ^= flipped
