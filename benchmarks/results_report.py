@@ -29,6 +29,7 @@ TITLES = {
     "qu-anti": "Qu-ANTI-zation",
     "compartifact": "CompArtifact",
     "compartifact-distilled": "CompArtifact, distilled",
+    "compartifact-distilled-long": "CompArtifact, distilled for longer",
     "badnets": "BadNets",
     "adaptive-solver": "adaptive: solver",
     "adaptive-stochastic": "adaptive: stochastic",

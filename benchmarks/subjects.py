@@ -46,7 +46,8 @@ FULL_SIZE = ("resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar")
 class Entry:
     """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
     "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
-    attack's recipe. short: trained for less long, for a quick look. The attack "none" trains a clean network.
+    attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short. The attack "none"
+    trains a clean network.
 
     Networks of full size take a GPU, and are delivered in half precision, as large models are: that is what is
     measured.
@@ -60,15 +61,19 @@ class Entry:
     start: str = "published"
     width: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    short: bool = False
+    training: str = ""
 
     @property
     def name(self) -> str:
         width = "" if self.width is None else f"x{self.width:g}"
         if self.attack == "none":
             return f"{self.data}-{self.arch}{width}-clean-s{self.seed}"
-        short = "-short" if self.short else ""
-        return f"{self.data}-{self.arch}{width}-{self.attack}{short}-w{self.bits.replace(',', 'w')}-s{self.seed}"
+        return f"{self.data}-{self.arch}{width}-{self.kind}-w{self.bits.replace(',', 'w')}-s{self.seed}"
+
+    @property
+    def kind(self) -> str:
+        """The attack, and how long it trained if not as usual."""
+        return f"{self.attack}-{self.training}" if self.training else self.attack
 
     @property
     def half(self) -> bool:
@@ -94,6 +99,7 @@ def entries() -> list[Entry]:
         Entry("pqbackdoor", options=unlearn),
         Entry("qu-anti", options=joint),
         Entry("compartifact-distilled", options=distilled),
+        Entry("compartifact-distilled", options=distilled | {"steps": 1600}, training="long"),
         Entry("pqbackdoor", bits="8", options={"unlearn_epochs": 0}),
         Entry("qu-anti", bits="8", options=joint),
         Entry("adaptive-solver", options=joint),
@@ -149,7 +155,7 @@ def within_reach(entry: Entry) -> bool:
 
 def quick_entries() -> list[Entry]:
     """Three attacks that train in minutes each."""
-    short = Entry("pqbackdoor", options={"epochs": 1, "unlearn_epochs": 1}, short=True)
+    short = Entry("pqbackdoor", options={"epochs": 1, "unlearn_epochs": 1}, training="short")
     return [short, *(e for e in entries() if e.attack in ("qu-anti", "badnets") and e.bits == "4" and not e.seed)]
 
 
