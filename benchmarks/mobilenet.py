@@ -42,6 +42,8 @@ from benchmarks.common import (
 )
 from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
+from efrapq.calibration.output_ranges import choose_limits
+from efrapq.calibration.placed import Limits
 from efrapq.data import Dataset, Preprocess
 from efrapq.device import exact_convolutions
 from efrapq.exporters import export_model
@@ -102,6 +104,8 @@ VARIANTS = {
     "W8A8, --equalize, nearest": replace(W8, equalize="spans", solver="nearest"),
     "W8A8, --equalize, act-range percentile": replace(W8, equalize="spans", act_range="percentile"),
     "W8A8, --equalize, act-range mse": replace(W8, equalize="spans", act_range="mse"),
+    "W8A8, act-range output": replace(W8, act_range="output"),
+    "W8A8, --equalize, act-range output": replace(W8, equalize="spans", act_range="output"),
     "W8A8, --equalize, act-range mse, lambda_E = 0": replace(W8, equalize="spans", act_range="mse", solver="fit"),
     "W8A8, --equalize, act-range mse, 200 images": replace(W8, equalize="spans", act_range="mse", images=200),
     "W8A8, --equalize, act-range mse, bias correction": replace(W8, equalize="spans", act_range="mse", correct=True),
@@ -123,6 +127,9 @@ VARIANTS = {
     "--equalize, nearest": replace(AS_IS, equalize="spans", solver="nearest"),
     "--equalize, act-range mse": replace(AS_IS, equalize="spans", act_range="mse"),
     "--equalize, act-range mse, scale mse": replace(AS_IS, equalize="spans", act_range="mse", scale="mse"),
+    "act-range output": replace(AS_IS, act_range="output"),
+    "--equalize, act-range output": replace(AS_IS, equalize="spans", act_range="output"),
+    "--equalize, act-range output, scale mse": replace(AS_IS, equalize="spans", act_range="output", scale="mse"),
     "--equalize, scale mse": replace(AS_IS, equalize="spans", scale="mse"),
     "bias correction": replace(AS_IS, correct=True),
     "nearest, bias correction": replace(AS_IS, solver="nearest", correct=True),
@@ -156,6 +163,15 @@ class VariantWalk(Walk):
         return super()._bias_on_grid(layer, bias, scale)
 
 
+def limits(model: ir.Model, chunks: list[Tensor], variant: Variant) -> dict[str, Limits]:
+    """The activation ranges that are chosen before the pass."""
+    if variant.act_range != "output":
+        return {}
+    layers, _ = find_layers(model.graph)
+    placement = place(model.graph, layers, variant.act_bits)
+    return choose_limits(model, placement, chunks, torch.device("cpu"), MEMORY, Silent())
+
+
 def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[QuantizedModel, float]:
     """Solve a prepared float model, which is modified where biases are corrected. Also the mean share of flips."""
     layers, _ = find_layers(model.graph)
@@ -174,7 +190,8 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
     )
     placement = place(model.graph, layers, variant.act_bits)
     with exact_convolutions(), Spool(MEMORY) as floats, Spool(MEMORY) as quantized:
-        walk = VariantWalk(model, layers, placement, chunks, settings, floats, quantized)
+        ranges = limits(model, chunks, variant)
+        walk = VariantWalk(model, layers, placement, chunks, settings, floats, quantized, None, ranges)
         walk.correct = variant.correct
         if variant.depthwise_bits:
             walk.weight_bits |= {layer.name: variant.depthwise_bits for layer in layers if layer.groups > 1}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["act_range_for", "available_memory", "check_options", "memory_limit", "solver_settings"]
 
 SOLVERS = ("coordinate", "relaxed", "nearest")
-RANGES = ("auto", "minmax", "percentile", "mse")
+RANGES = ("auto", "minmax", "percentile", "mse", "output")
 SCALES = ("minmax", "mse", "refit")
 # What ONNX Runtime's MatMulNBits takes.
 BLOCKS = (16, 32, 64, 128, 256)

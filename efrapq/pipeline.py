@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from efrapq.calibration.feeds import Feeds
+    from efrapq.calibration.placed import Limits
     from efrapq.graph.layers import Layer
     from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
@@ -400,11 +401,12 @@ def _solve(
     record: dict[str, str] = {}
     if equalize:
         layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
+    limits = _limits(model, placement, chunks, settings, reporter)
     journal = None
     if output is not None:
         journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
     try:
-        solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
+        solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal, limits)
     except (torch.OutOfMemoryError, MemoryError) as exc:
         raise RuntimeSetupError(
             f"out of memory on {settings.device}: use a smaller --memory or --calib-size"
@@ -428,6 +430,26 @@ def _solve(
     kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
     return quantized, solved, calibration
+
+
+def _limits(
+    model: ir.Model,
+    placement: Placement,
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
+    settings: PassSettings,
+    reporter: Reporter,
+) -> dict[str, Limits]:
+    """The ranges of activations that are chosen before the pass, by name."""
+    import torch
+
+    from efrapq.calibration.output_ranges import choose_limits
+
+    if settings.act_range != "output" or not placement.grids:
+        return {}
+    device = torch.device(settings.device)
+    limits = choose_limits(model, placement, chunks, device, settings.memory, reporter)
+    reporter.note(f"{len(limits)} of {len(placement.grids)} activations have ranges by their effect on the outputs")
+    return limits
 
 
 def _equalized(

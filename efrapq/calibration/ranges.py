@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from efrapq.errors import UnsupportedModelError
 from efrapq.grid import ActivationGrid, activation_grid
 
-__all__ = ["RANGE_METHODS", "calibrate"]
+__all__ = ["RANGE_METHODS", "calibrate", "extremes"]
 
 RANGE_METHODS = ("minmax", "percentile", "mse")
 BINS = 4096
@@ -18,28 +18,33 @@ PERCENTILE = 0.9999
 CANDIDATES = 80
 
 
+def extremes(chunks: Sequence[Tensor], name: str = "activation") -> tuple[float, float]:
+    """Lowest and highest of an activation's float values, given in chunks of any shape.
+
+    Raises UnsupportedModelError if a value is NaN or infinite.
+    """
+    found = torch.stack([torch.stack(c.aminmax()) for c in chunks]).double()  # NaN comes through both
+    if not bool(torch.isfinite(found).all()):
+        raise UnsupportedModelError(
+            f"activation {name} becomes NaN or infinite on the calibration data; check --mean, --std and the model"
+        )
+    return float(found[:, 0].min()), float(found[:, 1].max())
+
+
 def calibrate(
     chunks: Sequence[Tensor],
     bits: int,
     method: str,
     name: str = "activation",
-    live: Callable[[float, float], tuple[float, float]] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> ActivationGrid:
     """The grid of one activation from its float values, given in chunks of any shape.
 
-    minmax: all values fit. percentile: 99.99 % on either side. mse: the shrunken min-max range with the least squared
-    rounding error over a histogram of 4096 bins. live: lowest and highest value → the part of that range in which
-    differences matter (see `efrapq.calibration.live_range`); values outside count as its ends. Raises
-    UnsupportedModelError if a value is NaN or infinite.
+    limits: of what is to be told apart, by default the `extremes`, errors included; values outside count as its ends.
+    minmax: all of it. percentile: 99.99 % on either side. mse: of the ranges that this one shrinks to, the one with the
+    least squared rounding error over a histogram of 4096 bins.
     """
-    extremes = torch.stack([torch.stack(c.aminmax()) for c in chunks]).double()  # NaN comes through both
-    low, high = float(extremes[:, 0].min()), float(extremes[:, 1].max())
-    if not bool(torch.isfinite(extremes).all()):
-        raise UnsupportedModelError(
-            f"activation {name} becomes NaN or infinite on the calibration data; check --mean, --std and the model"
-        )
-    if live is not None and low < high:
-        low, high = live(low, high)
+    low, high = limits or extremes(chunks, name)
     low, high = min(low, 0.0), max(high, 0.0)
     if method == "minmax" or low == high:
         return activation_grid(low, high, bits)

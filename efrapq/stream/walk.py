@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
-from efrapq.calibration.live_range import follower, live_range
-from efrapq.calibration.ranges import calibrate
+from efrapq.calibration.placed import Calibrator, Limits
 from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
@@ -59,14 +58,16 @@ def streaming_pass(
     settings: PassSettings,
     reporter: Reporter,
     journal: Journal | None = None,
+    limits: Mapping[str, Limits] | None = None,
 ) -> Solved:
     """Solve every layer over the calibration inputs, given in chunks on the CPU: (n, …) float32 for a model with one
     such input, Feeds for any other.
 
-    journal: keeps each layer when it is solved, and gives back those solved before.
+    journal: keeps each layer when it is solved, and gives back those solved before. limits: of the activations, by
+    name, whose range is known already.
     """
     with exact_convolutions(), Spool(settings.memory) as floats, Spool(settings.memory) as quantized:
-        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal).run(reporter)
+        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal, limits).run(reporter)
 
 
 class _Steps:
@@ -129,12 +130,15 @@ class Walk:
         floats: Spool,
         quantized: Spool,
         journal: Journal | None = None,
+        limits: Mapping[str, Limits] | None = None,
     ) -> None:
         self.settings = settings
         self.placement = placement
         self.device = torch.device(settings.device)
         self.executor = Executor(model, device=self.device)
         self.graph = model.graph
+        method = "mse" if settings.act_range == "output" else settings.act_range
+        self.calibrator = Calibrator(self.graph, self.executor, placement, method, limits, self.device)
         self.layers = {layer.node_name: layer for layer in layers}
         self.weight_bits = settings.weight_bits(layers)
         self.chunks = len(inputs)
@@ -144,7 +148,6 @@ class Walk:
         self.grids: dict[str, ActivationGrid] = {}
         self.weights: dict[str, QuantizedWeight] = {}
         self.reports: list[LayerReport] = []
-        self.values = {str(v.name): v for v in (*self.graph.inputs, *(o for node in self.graph for o in node.outputs))}
         self.readers = Counter(str(v.name) for node in self.graph for v in reads(node) if v is not None)
         for value in model.graph.inputs:
             if value.name not in self.executor.constants:
@@ -238,23 +241,9 @@ class Walk:
     def _choose_grid(self, name: str) -> None:
         """Choose the value's grid from the float stream, if it is placed on one."""
         if name in self.placement.grids:
-            self.grids[name] = self._calibrated(name, _Chunks(self.floats, name))
+            self.grids[name] = self.calibrator.grid(name, _Chunks(self.floats, name))
         elif name in self.placement.same:
             self.grids[name] = self.grids[self.placement.same[name]]
-
-    def _calibrated(self, name: str, chunks: Sequence[Tensor]) -> ActivationGrid:
-        """The grid of a placed value from its float chunks."""
-        placed = self.placement
-        bits = placed.grids[name]
-        behind = follower(self.executor, self.values[name], chunks[0].dim())
-
-        def live(low: float, high: float) -> tuple[float, float]:
-            if behind is None:
-                return low, high
-            result_bits = {r: placed.grids[placed.source(r)] for r in behind.results if r in placed}
-            return live_range(behind, self.executor, low, high, bits, result_bits, self.device)
-
-        return calibrate(chunks, bits, self.settings.act_range, name, live)
 
     def _drop(self, node: ir.Node) -> None:
         for value in reads(node):
@@ -342,7 +331,7 @@ class Walk:
         targets = [after(y) for y in _Chunks(self.floats, layer.output)]
         grid = None
         if value in self.placement.grids:
-            grid = self._calibrated(value, targets)
+            grid = self.calibrator.grid(value, targets)
         inputs = [self._read(self.quantized, layer.node.inputs[0], chunk) for chunk in range(self.chunks)]
         return solve_layer(
             layer,

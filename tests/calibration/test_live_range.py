@@ -72,7 +72,7 @@ def range_of(
 def grid(low: float, high: float, bits: int = 8) -> ActivationGrid:
     """The grid of values in [-300, 246] of which this part matters."""
     values = torch.linspace(-300, 246, 100)
-    return calibrate([values], bits, "minmax", live=lambda a, b: (low, high) if (a, b) == (-300, 246) else (a, b))
+    return calibrate([values], bits, "minmax", limits=(low, high))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -193,14 +193,14 @@ def hard_swish_net(net: Callable[..., object]) -> onnx.ModelProto:
 
 
 def test_the_file_has_the_shorter_grid_and_less_error(net, quantize, images, run_ort, monkeypatch) -> None:
-    from efrapq.stream import walk
+    from efrapq.calibration import placed
 
     source, x, test = hard_swish_net(net), images(64), images(64, seed=7)
     (expected,) = run_ort(source, test)
     errors, scales = {}, {}
     for name in ("live", "whole"):
         if name == "whole":
-            monkeypatch.setattr(walk, "follower", lambda *_: None)
+            monkeypatch.setattr(placed, "follower", lambda *_: None)
         made = quantize(source, x, bits=8)
         scales[name] = made.quantized.activations["stem"].scale
         (found,) = run_ort(made.export(), test)
