@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from efrapq.cli.options import (
     quiet_option,
 )
 from efrapq.io.text import printable
+
+if TYPE_CHECKING:
+    from efrapq.pipeline import Defended
 
 
 @click.command(context_settings=HELP)
@@ -159,10 +162,20 @@ def command(
     if as_json:
         click.echo(dumps(made.evidence), nl=False)
         return
-    _print(made.evidence)
+    _print(made.evidence, classes=_may_hold_classes(made))
 
 
-def _print(evidence: dict[str, Any]) -> None:
+def _may_hold_classes(made: Defended) -> bool:
+    """Whether verify can be asked for an attack success rate: the model takes images, and may answer with classes."""
+    from efrapq.verification.images import lacks_classes
+
+    if made.evidence["calibration"]["kind"] == "arrays":
+        return False
+    shape = made.quantized.model.graph.outputs[0].shape
+    return shape is None or not lacks_classes([d if isinstance(d, int) else 0 for d in shape])
+
+
+def _print(evidence: dict[str, Any], *, classes: bool) -> None:
     console = out()
     shown = table("layer", "op", "bits", "flipped", "L_A nearest", "L_A efrapq")
     for layer in evidence["layers"]:
@@ -184,7 +197,7 @@ def _print(evidence: dict[str, Any]) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
-    attack = "" if evidence["calibration"]["kind"] == "arrays" else " --trigger patch:HxW@row,col --target-class N"
+    attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
     )

@@ -4,7 +4,7 @@ how far its outputs are from the float model's; and the latency of one image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from efrapq.verification.session import Session, interleaved_latency
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ImageTests", "refuse_rates", "shape_without_classes"]
+__all__ = ["ImageTests", "lacks_classes", "refuse_rates", "shape_without_classes"]
 
 # Inputs and outputs that one run of all models holds: a batch of small images, one large one with its masks.
 RUN_BYTES = 64 << 20
@@ -154,10 +154,15 @@ def shape_without_classes(proto: onnx.ModelProto) -> str | None:
     if output is None or not output.type.HasField("tensor_type") or not output.type.tensor_type.HasField("shape"):
         return None
     sizes = [dim.dim_value for dim in output.type.tensor_type.shape.dim]
-    if len(sizes) >= 2 and sizes[1] != 1 and all(size <= 1 for size in sizes[2:]):
+    if not lacks_classes(sizes):
         return None
     words = [str(size) if size > 0 else "any" for size in sizes]
     return "×".join(["N", *words[1:]]) if words else "a single number"
+
+
+def lacks_classes(sizes: Sequence[int]) -> bool:
+    """Whether an output of these sizes, 0 where they are dynamic, holds no (N, classes)."""
+    return len(sizes) < 2 or sizes[1] == 1 or any(size > 1 for size in sizes[2:])
 
 
 @dataclass(frozen=True)

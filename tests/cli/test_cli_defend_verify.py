@@ -293,3 +293,20 @@ def test_verify_takes_a_size_and_keeps_the_recorded_colours(run, defended: Path)
     found = json.loads(ran.out)
     assert found["cda"]["defended"] >= 88
     assert not any("no preprocessing" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(("outputs", "classes"), [(("N", 4), True), (("N", 4, 6, 6), False), (("N", 1), False)])
+def test_what_comes_next_fits_the_model(run, make_model, tmp_path: Path, outputs: tuple, classes: bool) -> None:
+    rng = np.random.default_rng(0)
+    make = onnx.helper.make_node
+    constants = {"w": rng.standard_normal((outputs[1], 3, 3, 3)).astype(np.float32)}
+    nodes = [make("Conv", ["x", "w"], ["y" if len(outputs) == 4 else "map"], pads=[1] * 4, name="conv")]
+    if len(outputs) == 2:
+        nodes += [make("GlobalAveragePool", ["map"], ["mean"]), make("Flatten", ["mean"], ["y"])]
+    model = make_model(nodes, {"x": ("N", 3, 6, 6)}, {"y": outputs}, constants)
+    onnx.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", images=rng.integers(0, 256, (8, 6, 6, 3), dtype=np.uint8))
+    ran = run("defend", tmp_path / "model.onnx", "--calib", tmp_path / "calib.npz", "-q")
+    assert ran.code == 0, ran.err
+    assert "efrapq verify" in ran.out
+    assert ("--target-class" in ran.out) is classes
