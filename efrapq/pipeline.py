@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -365,8 +366,6 @@ def _solve(
     *,
     equalize: bool = False,
 ) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
-    import torch
-
     from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
@@ -399,19 +398,16 @@ def _solve(
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
     placement = place(model.graph, layers, act_bits, settings.edge_bits)
     record: dict[str, str] = {}
-    if equalize:
-        layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
-    limits = _limits(model, placement, chunks, settings, reporter)
+    with _memory_named(settings.device):
+        if equalize:
+            layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
+        limits = _limits(model, placement, chunks, settings, reporter)
     journal = None
     if output is not None:
         journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
     try:
-        solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal, limits)
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise RuntimeSetupError(
-            f"out of memory on {settings.device}: use a smaller --memory or --calib-size"
-            + (", or --device cpu" if settings.device != "cpu" else "")
-        ) from exc
+        with _memory_named(settings.device):
+            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal, limits)
     except KeyboardInterrupt:
         if journal is not None and journal.holds_layers():
             reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
@@ -430,6 +426,20 @@ def _solve(
     kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
     return quantized, solved, calibration
+
+
+@contextlib.contextmanager
+def _memory_named(device: str) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise RuntimeSetupError(
+            f"out of memory on {device}: use a smaller --memory or --calib-size"
+            + (", or --device cpu" if device != "cpu" else "")
+        ) from exc
 
 
 def _limits(

@@ -21,7 +21,9 @@ Limits = tuple[float, float]
 
 
 class Calibrator:
-    """method: as `calibrate` takes it. limits: of the values, by name, whose range is known already."""
+    """Chooses grids for the placed values of one graph. method: as `calibrate` takes it. limits: by name, of the values
+    whose range is known already.
+    """
 
     def __init__(
         self,
