@@ -133,11 +133,12 @@ def defend(
     anything but one batch of images needs one array per input, by name and in its layout: a dict, an .npz file or
     a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
     each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
-    instead; error: its unit. scale: of the weights, minmax, mse or refit. equalize: scale channels first, where the
-    network's function stays the same, so that one activation grid serves them all. rows: each layer's moments are
-    taken over at most so many rows per input of an output channel. memory: bytes of activations kept in memory, the
-    rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and versions give
-    the same bytes.
+    instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
+    model's outputs; auto is minmax at 8 bits and mse at 4. scale: of the weights, minmax, mse or refit. equalize: scale
+    channels first, where the network's function stays the same, so that one activation grid serves them all. rows: each
+    layer's moments are taken over at most so many rows per input of an output channel. memory: bytes of activations
+    kept in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and
+    versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
