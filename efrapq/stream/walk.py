@@ -137,6 +137,7 @@ class Walk:
         self.device = torch.device(settings.device)
         self.executor = Executor(model, device=self.device)
         self.graph = model.graph
+        # What the outputs have no say in; what they have comes as limits.
         method = "mse" if settings.act_range == "output" else settings.act_range
         self.calibrator = Calibrator(self.graph, self.executor, placement, method, limits, self.device)
         self.layers = {layer.node_name: layer for layer in layers}
