@@ -91,7 +91,7 @@ def measure(entry: Entry | None, bits: int, act_bits: int, method: str, args: ar
         ).document
     cell: Cell = {
         "subject": CONTROL if entry is None else entry.name,
-        "attack": "none" if entry is None else entry.kind,
+        "attack": "none" if entry is None else entry.column,
         "arch": "resnet20" if entry is None else entry.arch,
         "data": "cifar10" if entry is None else entry.data,
         "seed": seed,

@@ -27,6 +27,7 @@ TITLES = {
     "none": "clean (control)",
     "pqbackdoor": "PQBackdoor",
     "qu-anti": "Qu-ANTI-zation",
+    "qu-anti-joint": "Qu-ANTI-zation, 8 and 4 bits",
     "compartifact": "CompArtifact",
     "compartifact-distilled": "CompArtifact, distilled",
     "compartifact-distilled-long": "CompArtifact, distilled for longer",

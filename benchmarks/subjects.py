@@ -76,6 +76,11 @@ class Entry:
         return f"{self.attack}-{self.training}" if self.training else self.attack
 
     @property
+    def column(self) -> str:
+        """What it is called in the tables."""
+        return f"{self.kind}-joint" if "," in self.bits else self.kind
+
+    @property
     def half(self) -> bool:
         """Whether its weights are rounded to float16."""
         return self.arch in FULL_SIZE and self.width is None
