@@ -42,8 +42,6 @@ from benchmarks.common import (
 )
 from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
-from efrapq.calibration.output_ranges import choose_limits
-from efrapq.calibration.placed import Limits
 from efrapq.data import Dataset, Preprocess
 from efrapq.device import exact_convolutions
 from efrapq.exporters import export_model
@@ -164,15 +162,6 @@ class VariantWalk(Walk):
         return super()._bias_on_grid(layer, bias, scale)
 
 
-def limits(model: ir.Model, chunks: list[Tensor], variant: Variant) -> dict[str, Limits]:
-    """The activation ranges that are chosen before the pass."""
-    if variant.act_range != "output":
-        return {}
-    layers, _ = find_layers(model.graph)
-    placement = place(model.graph, layers, variant.act_bits)
-    return choose_limits(model, placement, chunks, torch.device("cpu"), MEMORY, Silent())
-
-
 def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[QuantizedModel, float]:
     """Solve a prepared float model, which is modified where biases are corrected. Also the mean share of flips."""
     layers, _ = find_layers(model.graph)
@@ -191,8 +180,7 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
     )
     placement = place(model.graph, layers, variant.act_bits)
     with exact_convolutions(), Spool(MEMORY) as floats, Spool(MEMORY) as quantized:
-        ranges = limits(model, chunks, variant)
-        walk = VariantWalk(model, layers, placement, chunks, settings, floats, quantized, None, ranges)
+        walk = VariantWalk(model, layers, placement, chunks, settings, floats, quantized)
         walk.correct = variant.correct
         if variant.depthwise_bits:
             walk.weight_bits |= {layer.name: variant.depthwise_bits for layer in layers if layer.groups > 1}

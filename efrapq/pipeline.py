@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from efrapq.calibration.feeds import Feeds
-    from efrapq.calibration.placed import Limits
     from efrapq.graph.layers import Layer
     from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
@@ -399,16 +398,15 @@ def _solve(
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
     placement = place(model.graph, layers, act_bits, settings.edge_bits)
     record: dict[str, str] = {}
-    with _memory_named(settings.device):
-        if equalize:
+    if equalize:
+        with _memory_named(settings.device):
             layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
-        limits = _limits(model, placement, chunks, settings, reporter)
     journal = None
     if output is not None:
         journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
     try:
         with _memory_named(settings.device):
-            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal, limits)
+            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
     except KeyboardInterrupt:
         if journal is not None and journal.holds_layers():
             reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
@@ -441,26 +439,6 @@ def _memory_named(device: str) -> Iterator[None]:
             f"out of memory on {device}: use a smaller --memory or --calib-size"
             + (", or --device cpu" if device != "cpu" else "")
         ) from exc
-
-
-def _limits(
-    model: ir.Model,
-    placement: Placement,
-    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
-    settings: PassSettings,
-    reporter: Reporter,
-) -> dict[str, Limits]:
-    """The ranges of activations that are chosen before the pass, by name."""
-    import torch
-
-    from efrapq.calibration.output_ranges import choose_limits
-
-    if settings.act_range != "output" or not placement.grids:
-        return {}
-    device = torch.device(settings.device)
-    limits = choose_limits(model, placement, chunks, device, settings.memory, reporter)
-    reporter.note(f"{len(limits)} of {len(placement.grids)} activations have ranges by their effect on the outputs")
-    return limits
 
 
 def _equalized(

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
 from efrapq.calibration.placed import Calibrator, Limits
-from efrapq.device import exact_convolutions
 from efrapq.graph.executor import Executor
 from efrapq.graph.placement import Placement
 from efrapq.grid import ActivationGrid, activation_grid
@@ -40,7 +39,8 @@ MOVES = ((1, 1), (1, 0), (0, 1))
 
 
 def choose_limits(
-    model: ir.Model,
+    graph: ir.Graph,
+    executor: Executor,
     placement: Placement,
     inputs: Sequence[Tensor] | Sequence[Feeds],
     device: torch.device,
@@ -52,8 +52,8 @@ def choose_limits(
     inputs: of the calibration, as `streaming_pass` takes them; the first few samples are used, as many as `memory`
     bytes of activations hold. Empty where the model has no float output.
     """
-    with exact_convolutions(), torch.no_grad():
-        search = _Search(model, placement, _pieces(model, inputs), device, memory)
+    with torch.no_grad():
+        search = _Search(graph, executor, placement, _pieces(graph, inputs), device, memory)
         grids = {name: search.calibrator.grid(name, search.all(name)) for name in placement.grids}
         with reporter.task("ranges", 2.0 * len(grids)) as task:
             noise = {}
@@ -69,7 +69,7 @@ def choose_limits(
     return found
 
 
-def _pieces(model: ir.Model, inputs: Sequence[Tensor] | Sequence[Feeds]) -> list[dict[str, Tensor]]:
+def _pieces(graph: ir.Graph, inputs: Sequence[Tensor] | Sequence[Feeds]) -> list[dict[str, Tensor]]:
     """Inputs by name, a few samples at a time, until there are enough."""
     pieces: list[dict[str, Tensor]] = []
     count = 0
@@ -78,7 +78,7 @@ def _pieces(model: ir.Model, inputs: Sequence[Tensor] | Sequence[Feeds]) -> list
             parts, sizes = [dict(chunk.tensors)], [chunk.samples]
         else:
             split = torch.split(chunk[: SAMPLES - count], PIECE)
-            parts, sizes = [{str(model.graph.inputs[0].name): x} for x in split], [len(x) for x in split]
+            parts, sizes = [{str(graph.inputs[0].name): x} for x in split], [len(x) for x in split]
         pieces += parts
         count += sum(sizes)
         if count >= SAMPLES:
@@ -94,16 +94,17 @@ class _Search:
 
     def __init__(
         self,
-        model: ir.Model,
+        graph: ir.Graph,
+        executor: Executor,
         placement: Placement,
         pieces: Sequence[Mapping[str, Tensor]],
         device: torch.device,
         memory: int | None = None,
     ) -> None:
-        self.executor = Executor(model, device=device)
-        self.calibrator = Calibrator(model.graph, self.executor, placement, "mse", device=device)
+        self.executor = executor
+        self.calibrator = Calibrator(graph, executor, placement, "mse", device=device)
         self.placed = list(placement.grids)
-        outputs = [str(v.name) for v in model.graph.outputs]
+        outputs = [str(v.name) for v in graph.outputs]
         wanted = list(dict.fromkeys([*self.placed, *outputs]))
         self.pieces: list[dict[str, Tensor]] = []
         for piece in pieces:
@@ -112,7 +113,8 @@ class _Search:
             if memory is not None and (len(self.pieces) + 1) * size > memory:
                 break
         self.outputs = [name for name in outputs if self.pieces[0][name].is_floating_point()]
-        self.inputs = [str(v.name) for v in model.graph.inputs if str(v.name) in pieces[0]]
+        self.energies = {name: [_energy(piece[name]) for piece in self.pieces] for name in self.outputs}
+        self.inputs = [str(v.name) for v in graph.inputs if str(v.name) in pieces[0]]
 
     def all(self, name: str) -> list[Tensor]:
         """The float values of one activation."""
@@ -123,10 +125,9 @@ class _Search:
         on the grid. pieces: how many are looked at, by default all. enough: past it, it does not matter by how much.
         """
         known = [*self.inputs, *self.placed[: self.placed.index(name)]]
-        pieces_seen = self.pieces[:pieces]
-        signal = {output: sum(_energy(piece[output]) for piece in pieces_seen) for output in self.outputs}
+        signal = {output: sum(energies[:pieces]) for output, energies in self.energies.items()}
         noise = 0.0
-        for piece in pieces_seen:
+        for piece in self.pieces[:pieces]:
             # What lies before it is fed, so that only what lies behind is run.
             feeds = {n: piece[n] for n in known} | {name: grid.fake_quantize(piece[name])}
             for output, y in self.executor.run(feeds, self.outputs).items():

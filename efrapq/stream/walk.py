@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
-from efrapq.calibration.placed import Calibrator, Limits
+from efrapq.calibration.output_ranges import choose_limits
+from efrapq.calibration.placed import Calibrator
 from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
@@ -58,16 +59,14 @@ def streaming_pass(
     settings: PassSettings,
     reporter: Reporter,
     journal: Journal | None = None,
-    limits: Mapping[str, Limits] | None = None,
 ) -> Solved:
     """Solve every layer over the calibration inputs, given in chunks on the CPU: (n, …) float32 for a model with one
     such input, Feeds for any other.
 
-    journal: keeps each layer when it is solved, and gives back those solved before. limits: of the activations, by
-    name, whose range is known already.
+    journal: keeps each layer when it is solved, and gives back those solved before.
     """
     with exact_convolutions(), Spool(settings.memory) as floats, Spool(settings.memory) as quantized:
-        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal, limits).run(reporter)
+        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal).run(reporter)
 
 
 class _Steps:
@@ -130,16 +129,12 @@ class Walk:
         floats: Spool,
         quantized: Spool,
         journal: Journal | None = None,
-        limits: Mapping[str, Limits] | None = None,
     ) -> None:
         self.settings = settings
         self.placement = placement
         self.device = torch.device(settings.device)
         self.executor = Executor(model, device=self.device)
         self.graph = model.graph
-        # What the outputs have no say in; what they have comes as limits.
-        method = "mse" if settings.act_range == "output" else settings.act_range
-        self.calibrator = Calibrator(self.graph, self.executor, placement, method, limits, self.device)
         self.layers = {layer.node_name: layer for layer in layers}
         self.weight_bits = settings.weight_bits(layers)
         self.chunks = len(inputs)
@@ -150,13 +145,15 @@ class Walk:
         self.weights: dict[str, QuantizedWeight] = {}
         self.reports: list[LayerReport] = []
         self.readers = Counter(str(v.name) for node in self.graph for v in reads(node) if v is not None)
-        for value in model.graph.inputs:
-            if value.name not in self.executor.constants:
-                self._feed(str(value.name), inputs)
+        self.inputs = inputs
 
     def run(self, reporter: Reporter) -> Solved:
         """Walk to the end."""
         started = time.perf_counter()
+        self.calibrator = self._calibrator(reporter)
+        for value in self.graph.inputs:
+            if value.name not in self.executor.constants:
+                self._feed(str(value.name))
         work = {name: float(weight_array(self.graph, layer).size) for name, layer in self.layers.items()}
         with reporter.task("rounding", sum(work.values())) as task, torch.no_grad():
             for node in self.graph:
@@ -179,12 +176,23 @@ class Walk:
             time.perf_counter() - started,
         )
 
+    def _calibrator(self, reporter: Reporter) -> Calibrator:
+        """What chooses the activations' grids."""
+        settings, about = self.settings, (self.graph, self.executor, self.placement)
+        if settings.act_range != "output" or not self.placement.grids:
+            return Calibrator(*about, settings.act_range, device=self.device)
+        limits = choose_limits(*about, self.inputs, self.device, settings.memory, reporter)
+        reporter.note(
+            f"{len(limits)} of {len(self.placement.grids)} activations have ranges by their effect on the outputs"
+        )
+        return Calibrator(*about, "mse", limits, self.device)
+
     # The two streams.
 
-    def _feed(self, name: str, inputs: Sequence[Tensor] | Sequence[Feeds]) -> None:
+    def _feed(self, name: str) -> None:
         """Begin both streams with one input of the graph."""
         self.floats.start(name)
-        for given in inputs:
+        for given in self.inputs:
             tensor = given.tensors[name] if isinstance(given, Feeds) else given
             # As the executor has it: what describes indices and shapes stays on the CPU.
             on_host = tensor.dtype == torch.int64 or (tensor.dtype == torch.bool and tensor.dim() == 0)

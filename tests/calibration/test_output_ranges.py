@@ -61,7 +61,7 @@ def placed(model: ir.Model) -> Placement:
 
 
 def chosen(model: ir.Model, inputs: list[torch.Tensor] | list[Feeds], memory: int | None = None) -> dict[str, Limits]:
-    return choose_limits(model, placed(model), inputs, torch.device("cpu"), memory, Silent())
+    return choose_limits(model.graph, Executor(model), placed(model), inputs, torch.device("cpu"), memory, Silent())
 
 
 def outputs(x: NDArray[np.float32], change: str = "", grid: ActivationGrid | None = None) -> NDArray[np.float64]:
@@ -88,7 +88,7 @@ def test_noise_is_the_part_of_the_output_that_moves(
 ) -> None:
     model = network(make_model)
     pieces = [{"x": torch.from_numpy(X[:8])}, {"x": torch.from_numpy(X[8:12])}]
-    search = _Search(model, placed(model), pieces, torch.device("cpu"))
+    search = _Search(model.graph, Executor(model), placed(model), pieces, torch.device("cpu"))
     grid = activation_grid(low, high, 8)
     expected = outputs(X[:12])
     moved = outputs(X[:12], value, grid) - expected
@@ -119,9 +119,8 @@ def test_files_are_nearer_to_the_float_model(make_model: Callable[..., onnx.Mode
     layers, _ = find_layers(model.graph)
     errors = {}
     for method in ("mse", "output"):
-        limits = chosen(model, [torch.from_numpy(X)]) if method == "output" else {}
         settings = PassSettings(8, act_range=method)
-        solved = streaming_pass(model, layers, placed(model), [torch.from_numpy(X)], settings, Silent(), limits=limits)
+        solved = streaming_pass(model, layers, placed(model), [torch.from_numpy(X)], settings, Silent())
         values = Executor(model).run({"x": torch.from_numpy(X)}, ["a"])["a"]
         heard = values[:, :LOUD]
         errors[method] = float((solved.activations["a"].fake_quantize(heard) - heard).square().mean())
