@@ -8,6 +8,8 @@ Without a kernel they run in panels of plain tensor operations (`coordinate`, `g
 column costs a core some calls, and a GPU some launches, that take longer than the work. The kernels, numba's on a CPU
 and Triton's on a GPU, walk a whole block with a few output rows at a time. They add up in another order than the
 panels do, always the same one.
+
+The descent has a kernel of its own on a CPU: few of its columns flip, and a core does the work for these alone.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["LONGEST_BLOCK", "chain", "has_kernel", "kernel_package"]
+__all__ = ["LONGEST_BLOCK", "chain", "has_kernel", "kernel_package", "sweep_on_cpu"]
 
 # Columns of a block at most: on a GPU their choices stay in one warp's registers.
 LONGEST_BLOCK = 256
@@ -69,6 +71,17 @@ def chain(
         _on_cpu(columns, rows, values is not None, begin, end)
     else:
         _on_gpu(columns, rows, values is not None, begin, end, symmetric=symmetric)
+
+
+def sweep_on_cpu(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor) -> int:
+    """One sweep of `coordinate` over all columns, in one kernel: flips `up`, updates R, returns the number of flips.
+
+    R, pull, curvature: (G, D, O) float32; up: the same, bool; H: (G, D, D) float32, symmetric; scale: (G, D, O) or
+    (G, 1, O) float32. All contiguous.
+    """
+    from efrapq.rounding.chain_cpu import sweep_kernel
+
+    return int(sweep_kernel(*(x.numpy() for x in (R, H, scale, up, pull, curvature))))
 
 
 def _on_cpu(columns: list[Tensor], rows: Tensor, keep: bool, begin: int, end: int) -> None:

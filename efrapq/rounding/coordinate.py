@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel
+from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel, sweep_on_cpu
 from efrapq.rounding.greedy import Greedy, factorize
 from efrapq.rounding.problem import RoundingProblem
 from efrapq.rounding.threads import one_thread
@@ -166,7 +166,9 @@ class _Descent:
 def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
     """Visit every column once, flipping `up` and updating R in place. Returns the number of flips."""
     if has_kernel(R.device):
-        return _sweep_chained(R, H, scale, up, pull, curvature, min(block, LONGEST_BLOCK))
+        if R.device.type == "cpu":
+            return sweep_on_cpu(R, H, scale, up, pull, curvature)
+        return _sweep_on_gpu(R, H, scale, up, pull, curvature, min(block, LONGEST_BLOCK))
     inputs = up.shape[1]
     flips = 0
     for a in range(0, inputs, block):
@@ -185,20 +187,17 @@ def _sweep(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvat
     return flips
 
 
-def _sweep_chained(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
-    """`_sweep`, each block in one kernel."""
+def _sweep_on_gpu(R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor, block: int) -> int:
+    """`_sweep`, each block in one kernel. Whether anything flips is asked once: an answer costs a round trip."""
     inputs = up.shape[1]
     sign = 1.0 - 2.0 * up.float()
     step = sign * scale
     cost, gain, still = torch.addcmul(curvature, pull, sign), 2 * step, torch.zeros_like(step)
     moved = torch.empty_like(R)
-    # Asking whether anything flips costs a GPU a round trip, and saves a CPU most of a late sweep.
-    sparse = R.device.type == "cpu"
     for a in range(0, inputs, block):
         b = min(a + block, inputs)
         chain(R, H, cost, gain, step, still, moved, None, a, b, symmetric=True)
-        if not sparse or bool(moved[:, a:b].any()):
-            R.baddbmm_(H[:, :, a:b], moved[:, a:b])
+        R.baddbmm_(H[:, :, a:b], moved[:, a:b])
     flipped = moved != 0
     up ^= flipped
     return int(torch.count_nonzero(flipped))

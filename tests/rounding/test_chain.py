@@ -27,7 +27,7 @@ from efrapq.rounding import (
     solve_coordinate,
     solve_within,
 )
-from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel
+from efrapq.rounding.chain import LONGEST_BLOCK, chain, has_kernel, sweep_on_cpu
 
 CPU = torch.device("cpu")
 on_cpu = pytest.mark.skipif(not has_kernel(CPU), reason="numba is not installed: pip install 'efrapq[fast]'")
@@ -97,6 +97,53 @@ def test_a_chain_refuses_what_it_would_misread() -> None:
         chain(base, rows, a, b, high, low, out, None, 0, LONGEST_BLOCK + 1)
     with pytest.raises(ValueError, match="contiguous"):
         chain(base[:, :, ::2], rows, a[:, :, ::2], b[:, :, ::2], high[:, :, ::2], low[:, :, ::2], out, None, 0, 5)
+
+
+def expected_sweep(
+    R: Tensor, H: Tensor, scale: Tensor, up: Tensor, pull: Tensor, curvature: Tensor
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """`up` and R behind one sweep in float64, flip by flip, as the head of `coordinate` defines it.
+
+    Columns whose choice float32 might see otherwise are kept from flipping: their `curvature` is made infinite.
+    """
+    rest, state, resist = R.double().numpy().copy(), up.numpy().copy(), curvature.numpy()
+    steps, pulls = scale.double().expand_as(R).numpy(), pull.double().numpy()
+    for g, j, o in np.ndindex(R.shape):
+        d = steps[g, j, o] * (-1 if state[g, j, o] else 1)
+        change = 2 * d * rest[g, j, o] + float(resist[g, j, o]) + np.sign(d) * pulls[g, j, o]
+        if abs(change) < 1e-3:
+            resist[g, j, o] = np.inf
+        elif change < 0:
+            state[g, j, o] ^= True
+            rest[g, :, o] += d * H[g, :, j].double().numpy()
+    return state, rest
+
+
+@on_cpu
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 50),
+    own_scales=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_sweep_kernel_is_the_definition(
+    groups: int, inputs: int, outputs: int, own_scales: bool, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    shape = (groups, inputs, outputs)
+    x = torch.randn(groups, 2 * inputs, inputs, generator=g)
+    H = (x.transpose(1, 2) @ x / len(x[0])).contiguous()
+    scale = torch.rand(groups, inputs if own_scales else 1, outputs, generator=g) + 0.5
+    up, pull, R = torch.rand(shape, generator=g) < 0.5, torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    curvature = (scale.square() * H.diagonal(dim1=1, dim2=2)[..., None]).contiguous()
+    before = up.clone()
+    wanted, rest = expected_sweep(R, H, scale, up, pull, curvature)
+    flips = sweep_on_cpu(R, H, scale, up, pull, curvature)
+    assert np.array_equal(up.numpy(), wanted)
+    assert flips == int((up != before).sum())
+    np.testing.assert_allclose(R.numpy(), rest, rtol=1e-4, atol=1e-4)
 
 
 def random_problem(groups: int, outputs: int, inputs: int, device: str = "cpu") -> RoundingProblem:
