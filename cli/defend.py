@@ -19,6 +19,7 @@ from efrapq.cli.options import (
     quiet_option,
 )
 from efrapq.io.text import printable
+from efrapq.options import RANGES, SCALES, SOLVERS
 
 if TYPE_CHECKING:
     from efrapq.pipeline import Defended
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 @preprocess_options
 @click.option(
     "--solver",
-    type=click.Choice(["coordinate", "relaxed", "nearest"]),
+    type=click.Choice(SOLVERS),
     default="coordinate",
     show_default=True,
     help="coordinate: ours; relaxed: the paper's gradient descent; nearest: no defence.",
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), default=10_000, show_default=True, help="Steps a layer of `relaxed`.")
 @click.option(
     "--act-range",
-    type=click.Choice(["auto", "minmax", "percentile", "mse", "output"]),
+    type=click.Choice(RANGES),
     default="auto",
     show_default=True,
     help="Activation ranges: of all values, of 99.99 % of them, of the least squared error, or of the least effect on "
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--scale",
-    type=click.Choice(["minmax", "mse", "refit"]),
+    type=click.Choice(SCALES),
     default="minmax",
     show_default=True,
     help="Weight scales: the largest weight's; of least rounding error; re-fitted to the codes.",

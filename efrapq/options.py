@@ -11,7 +11,16 @@ from efrapq.errors import UsageError
 if TYPE_CHECKING:
     from efrapq.rounding import Coordinate, Relaxed
 
-__all__ = ["act_range_for", "available_memory", "check_options", "memory_limit", "solver_settings"]
+__all__ = [
+    "RANGES",
+    "SCALES",
+    "SOLVERS",
+    "act_range_for",
+    "available_memory",
+    "check_options",
+    "memory_limit",
+    "solver_settings",
+]
 
 SOLVERS = ("coordinate", "relaxed", "nearest")
 RANGES = ("auto", "minmax", "percentile", "mse", "output")
