@@ -3,9 +3,10 @@
     python benchmarks/external.py [--layers 36] [--inputs 256] [--outputs 65536] [--solver nearest] [--folder DIR]
 
 Makes a chain of Gemm and Relu with seeded weights and 64 samples of calibration and test data in a temporary folder,
-and runs `efrapq inspect`, `defend` and `verify` in processes of their own. A layer makes many outputs, of which the
-next takes the first: solving a layer costs time by the square of its inputs, and this is about memory. The files go
-when it ends. Writes results/external.json.
+and runs `efrapq inspect`, `defend` and `verify` in processes of their own, and beside them ONNX Runtime alone on the
+float model and on the file made of it: `verify` holds sessions of both at once, and of a third, the nearest twin. A
+layer makes many outputs, of which the next takes the first: solving a layer costs time by the square of its inputs,
+and this is about memory. The files go when it ends. Writes results/external.json.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ from efrapq.report.evidence import versions
 
 SAMPLES = 64
 START = "from efrapq.cli.main import main; main()"
+RUNTIME = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+session.run(None, {"x": numpy.load(sys.argv[2])["x"]})
+"""
 
 
 def write_model(folder: Path, layers: int, inputs: int, outputs: int, seed: int = 0) -> Path:
@@ -74,18 +80,18 @@ def write_data(folder: Path, inputs: int) -> Path:
     return path
 
 
-def measured(command: list[str], folder: Path) -> dict[str, Any]:
-    """Seconds and the largest resident size of `efrapq COMMAND`. Raises CalledProcessError if it fails."""
+def measured(name: str, script: str, command: list[str], folder: Path) -> dict[str, Any]:
+    """Seconds and the largest resident size of a script with arguments. Raises CalledProcessError if it fails."""
     started = time.perf_counter()
     with open(folder / "log", "w+") as log:
-        process = subprocess.Popen([sys.executable, "-c", START, *command], stdout=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen([sys.executable, "-c", script, *command], stdout=subprocess.DEVNULL, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command, stderr=log.read())
     return {
-        "command": command[0],
+        "command": name,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_bytes": usage.ru_maxrss * 1024,
@@ -114,7 +120,9 @@ def main() -> None:
             ["defend", str(model), "-o", str(output), "--calib", str(data), *settings, "--json"],
             ["verify", str(output), "--data", str(data), "--json"],
         ]
-        rows = [measured(command, folder) for command in commands]
+        rows = [measured(command[0], START, command, folder) for command in commands]
+        alone = {"ONNX Runtime alone, float": model, "ONNX Runtime alone, quantized": output}
+        rows += [measured(name, RUNTIME, [str(path), str(data)], folder) for name, path in alone.items()]
         written = sum(path.stat().st_size for path in folder.glob(f"{output.name}*"))
     document = {
         "machine": machine(),

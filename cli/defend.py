@@ -144,7 +144,7 @@ def command(
 
     Writes a QDQ graph, and beside it the evidence (.json): hashes, settings, and what happened to every layer.
 
-    An ONNX model may have external data, in plain files of its own folder; past 1 GiB its weights are read one at a
+    An ONNX model may have external data, in plain files of its own folder; past 256 MiB its weights are read one at a
     time. A result past 2 GiB has external data of its own, in the file OUTPUT.data.
     """
     from efrapq.pipeline import default_output, defend

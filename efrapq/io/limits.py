@@ -23,7 +23,7 @@ class Limits:
     """Size of a safetensors header or of the pickle in a torch checkpoint (weights not counted)."""
     max_onnx_bytes: int = 2 * _GIB - 1
     """Size of an ONNX model with the external data that are read into it; protobuf itself cannot hold more."""
-    max_inline_bytes: int = _GIB
+    max_inline_bytes: int = 256 * _MIB
     """Size of an ONNX model with its external data up to which all of them are read into it."""
     min_outside_bytes: int = 256 << 10
     """Size from which on an initializer of a larger model stays in its file, and is read when it is needed."""

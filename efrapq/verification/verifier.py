@@ -360,6 +360,7 @@ class _Verifier:
         parts = export_parts(twin, target, LARGE)
         del twin  # of a large model, whatever is not needed any more is much
         sessions["nearest"] = open_model(parts.graph, parts.outside, threads=threads)
+        del parts
         return compare_codes(self.quantized, reference)
 
     def _matches_evidence(self) -> bool | None:
