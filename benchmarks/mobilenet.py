@@ -1,12 +1,14 @@
 """ImageNet MobileNetV2 with 4- and 8-bit weights: what each remedy for what it loses is worth.
 
-    python benchmarks/mobilenet.py [--only VARIANT …] [--list] [--report]
+    python benchmarks/mobilenet.py [--only VARIANT …] [--list] [--where] [--report]
 
 The images are cut into two halves. Each variant is calibrated on images of one half and measured on the whole of the
 other, then the other way round, so that every image is held out once: agreement is top-1 agreement with the float
 file over all of them, in ONNX Runtime; SQNR is that of the logits. Two things are tried here that efrapq does not
 offer: cross-layer equalization as published and bias correction (Nagel et al. 2019, arXiv 1906.04721). Writes
-results/mobilenet.json as it goes; what is there is not measured again. --report writes docs/ACCURACY.md of it.
+results/mobilenet.json as it goes; what is there is not measured again. --where tells which activations make the noise
+that is left with --equalize --act-range output: each alone on its grid, on held-out images, as a share of the sum over
+all. --report writes docs/ACCURACY.md of it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from benchmarks.common import (
 )
 from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
+from efrapq.calibration.output_ranges import SAMPLES, _pieces, _Search, choose_limits
+from efrapq.calibration.placed import Calibrator
 from efrapq.data import Dataset, Preprocess
 from efrapq.device import exact_convolutions
 from efrapq.exporters import export_model
@@ -356,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="print the variants' names and stop")
+    parser.add_argument("--where", action="store_true", help="only which activations make the noise that is left")
     parser.add_argument("--report", action="store_true", help="write docs/ACCURACY.md of what was measured")
     args = parser.parse_args()
     if args.list:
@@ -375,8 +380,16 @@ def main() -> None:
     # Decoded once.
     everything = range(len(network.data))
     data = Dataset.from_arrays(network.data.raw(everything), network.data.require_labels(), network.data.name)
-    truth = logits(proto.SerializeToString(), data, network.preprocess)
     document["machine"] = machine()
+    if args.where:
+        document["where"] = where(proto, data, network.preprocess)
+        save("mobilenet", document)
+        found = document["where"]
+        together = -10 * np.log10(sum(found["noise"].values()))
+        title = f"{len(found['noise'])} activations, {together:.1f} dB together, {found['images']} held-out images"
+        show(title, WHERE, noisiest(found))
+        return
+    truth = logits(proto.SerializeToString(), data, network.preprocess)
     for name in args.only:
         if document["rows"].get(name, {}).get("variant") != asdict(VARIANTS[name]):
             document["rows"][name] = measure(VARIANTS[name], proto, data, network.preprocess, truth)
@@ -386,6 +399,37 @@ def main() -> None:
         f"ImageNet MobileNetV2, {any_row['images']} held-out images, float accuracy {any_row['float_accuracy']:.2f} %"
     )
     show(title, HEADER, table(document, args.only))
+
+
+def where(proto: onnx.ModelProto, data: Dataset, preprocess: Preprocess) -> dict[str, Any]:
+    """Noise of the outputs by activation, as a part of their energy: chosen on one half, looked at on the other."""
+    inside, outside = halves(data)
+    model = prepare(proto)
+    shape = input_shape(model, "model")
+    chunks, _ = real_inputs(data.select(inside).subset(AS_IS.images, 0), shape, preprocess, "model")
+    scale_channels(model, exponents(model, chunks, W8))
+    layers, _ = find_layers(model.graph)
+    placement, executor, device = place(model.graph, layers, W8.act_bits), Executor(model), torch.device("cpu")
+    with torch.no_grad():
+        limits = choose_limits(model.graph, executor, placement, chunks, device, None, Silent())
+        calibrator = Calibrator(model.graph, executor, placement, "mse", limits)
+        held_out, _ = real_inputs(data.select(outside).subset(SAMPLES, 0), shape, preprocess, "model")
+        searches = [
+            _Search(model.graph, executor, placement, _pieces(model.graph, x), device) for x in (chunks, held_out)
+        ]
+        grids = {name: calibrator.grid(name, searches[0].all(name)) for name in placement.grids}
+        noise = {name: searches[1].noise(name, grid) for name, grid in grids.items()}
+    return {"images": SAMPLES, "noise": noise}
+
+
+WHERE = ("activation", "% of the noise")
+
+
+def noisiest(found: dict[str, Any], count: int = 12) -> list[tuple[str, str]]:
+    """The activations that make the most of it, and their shares."""
+    total = sum(found["noise"].values())
+    ranked = sorted(found["noise"].items(), key=lambda item: -item[1])
+    return [(name, f"{100 * noise / total:.1f}") for name, noise in ranked[:count]]
 
 
 HEADER = ("W4A8 unless it says", "agreement %", "accuracy %", "SQNR dB", "flipped %", "KiB", "scaled float agrees %")
@@ -418,6 +462,7 @@ def write_report(document: dict[str, Any]) -> None:
         "float": f"{any_row['float_accuracy']:.2f}",
         "W8A8": markdown(HEADER, table(document, wide)),
         "W4A8": markdown(HEADER, table(document, narrow)),
+        "where": markdown(WHERE, noisiest(document["where"])),
     }
     write_page("ACCURACY", parts)
 
