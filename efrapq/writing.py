@@ -113,7 +113,7 @@ def _try_once(model: bytes | Path, sample: Sample, target: str) -> None:
     if isinstance(sample, tuple):
         try_run(model, sample)
         return
-    session = open_session(model)
+    session = open_session(model, keep_graph=False)
     try:
         session.raw.run(None, dict(sample))
     except Exception as exc:  # the runtime has no one class for what can go wrong inside a model

@@ -38,13 +38,19 @@ LARGE = 256 << 20
 
 @dataclass(frozen=True)
 class Session:
-    """One loaded model. optimized: the graph as the runtime rewrote it; of a large model without its weights. What
-    speaks of *the* input is for models with one float input; `run` is for any.
+    """One loaded model. kept: the graph as the runtime rewrote it, where it was asked for; of a large model without its
+    weights. What speaks of *the* input is for models with one float input; `run` is for any.
     """
 
     raw: Any
-    optimized: onnx.ModelProto
+    kept: onnx.ModelProto | None
     provider: str
+
+    @property
+    def optimized(self) -> onnx.ModelProto:
+        """`kept`, of a session that was opened to look at it."""
+        assert self.kept is not None
+        return self.kept
 
     @property
     def input_name(self) -> str:
@@ -111,14 +117,17 @@ class Session:
             ) from exc
 
 
-def open_model(proto: onnx.ModelProto, outside: Mapping[str, DataSource], *, threads: int = 0) -> Session:
+def open_model(
+    proto: onnx.ModelProto, outside: Mapping[str, DataSource], *, threads: int = 0, keep_graph: bool = True
+) -> Session:
     """Load a model of which some initializers are not in the proto. They are written to temporary files for it, so
-    that the runtime reads what was hashed and nothing else; the files are gone when it has loaded them.
+    that the runtime reads what was hashed and nothing else; the files are gone when it has loaded them. The rest as
+    `open_session` takes it.
 
     Raises UnsupportedModelError if it does not load, OutputError if there is no room for the files.
     """
     if not outside:
-        return open_session(proto.SerializeToString(), threads=threads)
+        return open_session(proto.SerializeToString(), threads=threads, keep_graph=keep_graph)
     # Windows does not remove a file that the runtime has mapped.
     with tempfile.TemporaryDirectory(prefix="efrapq-", ignore_cleanup_errors=os.name == "nt") as folder:
         try:
@@ -128,11 +137,14 @@ def open_model(proto: onnx.ModelProto, outside: Mapping[str, DataSource], *, thr
                 f"{printable(tempfile.gettempdir())}: the model's weights cannot be written there for ONNX Runtime "
                 f"({exc.strerror or exc}); point TMPDIR elsewhere"
             ) from exc
-        return open_session(path, threads=threads)
+        return open_session(path, threads=threads, keep_graph=keep_graph)
 
 
-def open_session(model: bytes | Path, *, threads: int = 0, provider: str = "CPUExecutionProvider") -> Session:
-    """Load a model's bytes, or the file of one with external data. threads: 0 lets the runtime choose.
+def open_session(
+    model: bytes | Path, *, threads: int = 0, provider: str = "CPUExecutionProvider", keep_graph: bool = True
+) -> Session:
+    """Load a model's bytes, or the file of one with external data. threads: 0 lets the runtime choose. keep_graph:
+    whether the optimized graph is wanted, for which the runtime writes out all of the model once more.
 
     Raises UnsupportedModelError if it does not load.
     """
@@ -144,8 +156,9 @@ def open_session(model: bytes | Path, *, threads: int = 0, provider: str = "CPUE
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory(prefix="efrapq-") as folder:
         path = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(path)
-        if isinstance(model, Path) or len(model) > LARGE:
+        if keep_graph:
+            options.optimized_model_filepath = str(path)
+        if keep_graph and (isinstance(model, Path) or len(model) > LARGE):
             # The weights are not wanted of it, and one file may not hold them.
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "data")
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "65536")
@@ -153,13 +166,13 @@ def open_session(model: bytes | Path, *, threads: int = 0, provider: str = "CPUE
             raw = ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=[provider])
         except Exception as exc:
             raise UnsupportedModelError(f"ONNX Runtime does not load the model: {_first_line(exc)}") from exc
-        optimized = onnx.load(path, load_external_data=False)
-    return Session(raw, optimized, str(raw.get_providers()[0]))
+        kept = onnx.load(path, load_external_data=False) if keep_graph else None
+    return Session(raw, kept, str(raw.get_providers()[0]))
 
 
 def try_run(model: bytes | Path, shape: tuple[int, ...]) -> None:
     """Load the model and run it once on zeros of this shape; UnsupportedModelError if either fails."""
-    open_session(model).logits(np.zeros(shape, np.float32))
+    open_session(model, keep_graph=False).logits(np.zeros(shape, np.float32))
 
 
 def interleaved_latency(

@@ -342,7 +342,7 @@ class _Verifier:
         from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
         from efrapq.graph.prepare import prepare
 
-        sessions["float"] = open_model(self.source.proto, self.source.outside, threads=threads)
+        sessions["float"] = open_model(self.source.proto, self.source.outside, threads=threads, keep_graph=False)
         tests.require(sessions["float"], self.source.name)
         if self.quantized is None:
             return None
@@ -359,7 +359,7 @@ class _Verifier:
             target = "portable"
         parts = export_parts(twin, target, LARGE)
         del twin  # of a large model, whatever is not needed any more is much
-        sessions["nearest"] = open_model(parts.graph, parts.outside, threads=threads)
+        sessions["nearest"] = open_model(parts.graph, parts.outside, threads=threads, keep_graph=False)
         del parts
         return compare_codes(self.quantized, reference)
 
