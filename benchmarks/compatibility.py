@@ -35,6 +35,8 @@ import efrapq
 from benchmarks.common import RESULTS, machine, markdown, native, save, shared_folder, show, write_page
 from benchmarks.encoder import HEADER as ENCODER
 from benchmarks.encoder import encoder_rows
+from benchmarks.external import HEADER as EXTERNAL
+from benchmarks.external import external_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
 from efrapq.calibration.signature import ModelInput, model_inputs, takes_images
 from efrapq.data import Dataset, Preprocess, load_dataset
@@ -348,6 +350,7 @@ def main() -> None:
     if args.page:
         pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
         pages["encoder"] = markdown(ENCODER, encoder_rows(json.loads((RESULTS / "encoder.json").read_text())))
+        pages["external"] = markdown(EXTERNAL, external_rows(json.loads((RESULTS / "external.json").read_text())))
         write_page("COMPATIBILITY", pages)
 
 
