@@ -188,7 +188,7 @@ def growth(document: dict[str, Any], quick: bool, against: tuple[str, ...]) -> N
         ),
         "rows": (
             "ResNet-20, calibration images, every row of H counted",
-            [64, 128, 256, 512] if quick else [64, 128, 256, 512, 1024, 2048, 4096],
+            [64, 128, 256, 512, 1024, 2048, 4096],
             lambda n: separately(network="resnet20", images=int(n), bits=4, repeat=2, options={"rows": 1 << 20}),
         ),
         "depth": (
@@ -368,7 +368,7 @@ def main() -> None:
     if "speed" in chosen:
         speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps, args.device)
     if "growth" in chosen:
-        growth(document, args.quick, tuple(args.growth))
+        growth(document, args.quick, tuple(a for a in args.growth if not (args.quick and a == "rows")))
     if "memory" in chosen:
         memory(document, args.quick)
     if "relaxed" in chosen:

@@ -6,7 +6,8 @@ Flipping weight j of row o moves ŵ by d = ±s and changes the objective by
 
 so one sweep visits the columns in turn and flips, in all rows at once, whatever lowers the objective. R is kept
 exact inside a block of columns by rank-one updates and brought up to date outside it by one matrix product per
-block (the lazy batch of GPTQ, arXiv 2210.17323). Coordinate descent on this quadratic: QuantEase, arXiv 2309.01885.
+block (the lazy batch of GPTQ, arXiv 2210.17323); compiled for a CPU, a flip updates its own row of R at once.
+Coordinate descent on this quadratic: QuantEase, arXiv 2309.01885.
 The descent starts from a rounding with error feedback (`greedy`), which lies lower than where a descent from
 nearest ends.
 
