@@ -5,9 +5,10 @@
 Parts: limit (products and sweeps against torch.mm of the same shapes), speed (coordinate and relaxed on the same
 model, data and grid), growth (images, depth, width), memory (peaks under --memory), relaxed (ResNet-20 at the paper's
 full steps; half an hour and more). For speed, `relaxed` is run for STEPS steps of every layer and for one, and scaled
-linearly to 10,000. On a CPU every run is a process of its own, so that its peak memory is its own; on a GPU, where
-memory can be asked for, one process does them all, and of several runs the first one, which compiles kernels, is told
-apart. Needs CIFAR-10 (see common.py). Writes results/solver.json, on a GPU results/solver-cuda.json.
+linearly to 10,000 (--quick: 100 steps, every run once). On a CPU every run is a process of its own, so that its peak
+memory is its own; on a GPU, where memory can be asked for, one process does them all, and of several runs the first
+one, which compiles kernels, is told apart. Needs CIFAR-10 (see common.py). Writes results/solver.json, on a GPU
+results/solver-cuda.json.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from efrapq.rounding.coordinate import _sweep
 from efrapq.rounding.gram import gram_, gram_codes_
 
 PAPER_STEPS = 10_000
-STEPS = 500
+STEPS, QUICK_STEPS = 500, 100
 NETWORKS = ("resnet20", "resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar", "imagenet-mobilenetv2")
 AGAINST = ("images", "rows", "depth", "width")
 # glibc gives blocks past 32 MiB back to the system at every free and takes them again, page by page: four fifths of a
@@ -129,14 +130,14 @@ def separately(repeat: int = 1, **spec: Any) -> dict[str, Any]:
     return dict(min(runs, key=lambda r: float(r["pass"])))
 
 
-def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int, device: str) -> None:
-    """coordinate against relaxed."""
+def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int, device: str, repeat: int) -> None:
+    """coordinate against relaxed. repeat: runs of coordinate, of which the fastest counts."""
     rows = []
     for name in networks:
         images = 256 if name == "imagenet-mobilenetv2" else 512
         runs = {}
         for bits in (4, 8):
-            runs[bits] = separately(network=name, images=images, bits=bits, repeat=2, device=device)
+            runs[bits] = separately(network=name, images=images, bits=bits, repeat=repeat, device=device)
             document.setdefault("speed", {})[f"{name} W{bits}A8"] = {"coordinate": runs[bits], "relaxed": {}}
             save(document["name"], document)
         # A step costs the same at any width of the codes: measured once, at 4 bits.
@@ -180,11 +181,12 @@ def speed(document: dict[str, Any], networks: tuple[str, ...], steps: int, devic
 
 def growth(document: dict[str, Any], quick: bool, against: tuple[str, ...]) -> None:
     """Time of the pass against images, depth and width."""
+    repeat = 1 if quick else 2
     tables: dict[str, tuple[str, list[float], Callable[[float], dict[str, Any]]]] = {
         "images": (
             "ResNet-20, calibration images",
-            [64, 128, 256, 512] if quick else [64, 128, 256, 512, 1024, 2048, 4096],
-            lambda n: separately(network="resnet20", images=int(n), bits=4, repeat=2),
+            [64, 512] if quick else [64, 128, 256, 512, 1024, 2048, 4096],
+            lambda n: separately(network="resnet20", images=int(n), bits=4, repeat=repeat),
         ),
         "rows": (
             "ResNet-20, calibration images, every row of H counted",
@@ -193,13 +195,13 @@ def growth(document: dict[str, Any], quick: bool, against: tuple[str, ...]) -> N
         ),
         "depth": (
             "ResNets for CIFAR, weight layers, 512 images",
-            [20, 32, 56] if quick else [20, 32, 56, 110],
-            lambda n: separately(network=f"resnet{int(n)}", width=16, images=512, bits=4, repeat=3),
+            [20, 56] if quick else [20, 32, 56, 110],
+            lambda n: separately(network=f"resnet{int(n)}", width=16, images=512, bits=4, repeat=1 if quick else 3),
         ),
         "width": (
             "ResNet-20, width times 16, 512 images",
-            [1, 2] if quick else [1, 2, 4],
-            lambda n: separately(network="resnet20", width=16 * n, images=512, bits=4, repeat=2),
+            [1, 2, 4],
+            lambda n: separately(network="resnet20", width=16 * n, images=512, bits=4, repeat=repeat),
         ),
     }
     for key in against:
@@ -228,7 +230,7 @@ def memory(document: dict[str, Any], quick: bool) -> None:
     name, images = ("resnet20", 512) if quick else ("imagenet-mobilenetv2", 256)
     rows = []
     codes = set()
-    for limit_mib in (64 << 10, 2048, 512, 64):
+    for limit_mib in (64 << 10, 64) if quick else (64 << 10, 2048, 512, 64):
         found = separately(network=name, images=images, bits=4, options={"memory": limit_mib << 20})
         codes.add(found["codes"])
         document.setdefault("memory", {})[str(limit_mib)] = found
@@ -349,7 +351,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--growth", nargs="+", choices=AGAINST, default=AGAINST, help="against what")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of relaxed, a layer")
+    parser.add_argument("--steps", type=int, help=f"of relaxed, a layer: {STEPS}, --quick {QUICK_STEPS}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: limit and speed only")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -366,9 +368,11 @@ def main() -> None:
     if "limit" in chosen:
         limit(document, (576, 1152) if args.quick else (144, 576, 1152, 2304, 4608), args.device)
     if "speed" in chosen:
-        speed(document, ("resnet20",) if args.quick else tuple(args.networks), args.steps, args.device)
+        networks = ("resnet20",) if args.quick else tuple(args.networks)
+        steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
+        speed(document, networks, steps, args.device, 1 if args.quick else 2)
     if "growth" in chosen:
-        growth(document, args.quick, tuple(a for a in args.growth if not (args.quick and a == "rows")))
+        growth(document, args.quick, tuple(a for a in args.growth if not (args.quick and a in ("rows", "width"))))
     if "memory" in chosen:
         memory(document, args.quick)
     if "relaxed" in chosen:
