@@ -54,22 +54,19 @@ def chain_kernel(
                 for o in range(count):
                     value[j, o] = base[group, begin + j, start + o]
             for j in range(size):
-                moved = False
                 column = begin + j
                 for o in range(count):
                     v = value[j, o]
                     up = a[group, column, start + o] + b[group, column, start + o] * v < 0
                     choice = high[group, column, start + o] if up else low[group, column, start + o]
-                    moved |= choice != 0
                     chosen[o] = choice
                     out[group, column, start + o] = choice
                     if keep:
                         values[group, column, start + o] = v
-                if moved:
-                    for i in range(j + 1, size):
-                        weight = rows[group, column, begin + i]
-                        for o in range(count):
-                            value[i, o] += weight * chosen[o]
+                for i in range(j + 1, size):
+                    weight = rows[group, column, begin + i]
+                    for o in range(count):
+                        value[i, o] += weight * chosen[o]
 
 
 @_compiled

@@ -158,10 +158,11 @@ def open_session(
         path = Path(folder) / "optimized.onnx"
         if keep_graph:
             options.optimized_model_filepath = str(path)
-        if keep_graph and (isinstance(model, Path) or len(model) > LARGE):
-            # The weights are not wanted of it, and one file may not hold them.
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "data")
-            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "65536")
+            if isinstance(model, Path) or len(model) > LARGE:
+                # The weights are not wanted of it, and one file may not hold them.
+                outside = "session.optimized_model_external_initializers"
+                options.add_session_config_entry(f"{outside}_file_name", "data")
+                options.add_session_config_entry(f"{outside}_min_size_in_bytes", "65536")
         try:
             raw = ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=[provider])
         except Exception as exc:
