@@ -73,7 +73,7 @@ def _quantized(source: FloatModel, notes: list[str]) -> dict[str, Any]:
             {
                 "name": layer.name,
                 "op_type": layer.op_type,
-                "shape": list(model.weights[layer.name].codes.shape),
+                "shape": list(model.weights[layer.name].shape),
                 "bits": model.weights[layer.name].bits,
                 "integer": layer.integer and layer.input in model.activations,
             }

@@ -147,7 +147,7 @@ class _Writer:
                 self._write_activation(values[name], grid)
         self.graph.sort()
 
-    def _constant(self, name: str, data: np.ndarray) -> ir.Value:
+    def _constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:
         return const.initializer(self.graph, const.fresh_name(self.graph, name), data)
 
     def _emit(self, op: str, inputs: list[ir.Value], wanted: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
@@ -170,8 +170,8 @@ class _Writer:
         four = layer.name in self.int4
         shift = SIGNED if layer.name in self.unsigned else 0
         element = ml_dtypes.int4 if four else np.uint8 if shift else np.int8
-        stored = weight.codes.astype(np.int16) + shift if shift else weight.codes
-        codes = self._constant(f"{old.name}.codes", stored.astype(element, copy=False))
+        kind = ir.DataType.INT4 if four else ir.DataType.UINT8 if shift else ir.DataType.INT8
+        codes = self._constant(f"{old.name}.codes", _stored(weight, shift, element, kind))
         if four and self.profile.int4_through_cast and not weight.block:
             codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8
@@ -179,7 +179,7 @@ class _Writer:
         zero_point = self._constant(f"{old.name}.zero_point", np.full(weight.scale.shape, shift, element))
         along = {"axis": 1 - weight.axis, "block_size": weight.block} if weight.block else {"axis": weight.axis}
         real = self._emit("DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, **along)
-        real.shape = ir.Shape(weight.codes.shape)
+        real.shape = ir.Shape(weight.shape)
         node.replace_input_with(1, real)
 
     def _write_bias(self, node: ir.Node, layer: Layer, weight: QuantizedWeight) -> None:
@@ -301,6 +301,20 @@ class _Writer:
             element = np.int8 if self.profile.signed_activations else np.uint8
             self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, element))
         return self.limits[level]
+
+
+def _stored(
+    weight: QuantizedWeight, shift: int, element: Any, kind: ir.DataType
+) -> NDArray[np.generic] | ir.LazyTensor:
+    """The codes as the file holds them, `shift` above what they are, in an element type (NumPy's and ONNX's name)."""
+
+    def converted(codes: NDArray[np.int8]) -> NDArray[np.generic]:
+        shifted = codes.astype(np.int16) + shift if shift else codes
+        return shifted.astype(element, copy=False)
+
+    if isinstance(weight.stored, np.ndarray):
+        return converted(weight.stored)
+    return const.changed(weight.stored, converted, weight.shape, kind)
 
 
 def _bias_codes(bias: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int32]:

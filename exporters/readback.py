@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -51,12 +52,12 @@ def read_quantized(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | N
         if codes is None:
             name, grid = _activation(node)
             activations[name] = grid
-        elif codes.dtype == np.int32:
-            _restore_constant(graph, node, _dequantize_bias(node, codes))
+        elif codes.dtype == ir.DataType.INT32:
+            _restore_constant(graph, node, _dequantize_bias(node, codes.numpy()))
         else:
             weight = _weight(node, codes)
             # Only its place is needed: as reals, the weights of a large model would be four times as large again.
-            reals = const.lazily(weight.dequantized, ir.DataType.FLOAT, weight.codes.shape)
+            reals = const.lazily(weight.dequantized, ir.DataType.FLOAT, weight.shape)
             name = _restore_constant(graph, node, reals)
             held[name] = weight
     for node in list(graph):
@@ -85,15 +86,16 @@ def read_quantized(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | N
     return QuantizedModel(model, quantized_layers, weights, activations, metadata)
 
 
-def _constant_codes(node: ir.Node) -> NDArray[np.generic] | None:
+def _constant_codes(node: ir.Node) -> ir.TensorProtocol | None:
     """The constant that a DequantizeLinear reads, directly or through the Cast of int4 to int8; None if it is none."""
     source = node.inputs[0]
     producer = source.producer() if source is not None else None
     if producer is None or producer.op_type != "Cast":
-        return const.array_or_none(source)
-    codes = const.array_or_none(producer.inputs[0])
-    if codes is not None and (codes.dtype != ml_dtypes.int4 or producer.attributes.get_int("to") != ir.DataType.INT8):
-        raise UnsupportedModelError(f"{printable(str(node.name))}: its weight codes are {codes.dtype} behind a Cast")
+        return const.constant_or_none(source)
+    codes = const.constant_or_none(producer.inputs[0])
+    if codes is not None and (codes.dtype, producer.attributes.get_int("to")) != (ir.DataType.INT4, ir.DataType.INT8):
+        kind = codes.dtype.name.lower()
+        raise UnsupportedModelError(f"{printable(str(node.name))}: its weight codes are {kind} behind a Cast")
     return codes
 
 
@@ -104,12 +106,12 @@ def _for_layer(weight: QuantizedWeight, layer: Layer, recorded: dict[str, int]) 
         if weight.block or (scale != scale[0]).any():
             raise UnsupportedModelError(f"{name}: its scales do not run along its output channels")
         axis = layer.channel_axis
-        scale = np.full(weight.codes.shape[axis], scale[0], np.float32)
+        scale = np.full(weight.shape[axis], scale[0], np.float32)
     bits = recorded.get(layer.name, weight.bits)
-    solved = QuantizedWeight(weight.codes, scale, axis, bits, weight.block, weight.unsigned)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    solved = QuantizedWeight(weight.stored, scale, axis, bits, weight.block, weight.unsigned)
+    codes, low, high = weight.codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # Narrow codes may travel in a wider type, where a target has no int4; never the other way round.
-    if solved.container_bits > weight.bits or weight.codes.min() < low or weight.codes.max() > high:
+    if solved.container_bits > weight.bits or codes.min() < low or codes.max() > high:
         raise UnsupportedModelError(f"{name}: the efrapq.bits record says {bits} bits, its codes say otherwise")
     return solved
 
@@ -144,45 +146,51 @@ def _zero_point_of(node: ir.Node) -> NDArray[np.generic] | None:
     return zero_point
 
 
-def _weight(node: ir.Node, codes: NDArray[np.generic]) -> QuantizedWeight:
+def _weight(node: ir.Node, constant: ir.TensorProtocol) -> QuantizedWeight:
     name = printable(str(node.name))
     zero_point = _zero_point_of(node)
-    unsigned = codes.dtype == np.uint8 and zero_point is not None and bool((zero_point == SYMMETRIC_ZERO_POINT).all())
-    if unsigned:
-        codes, zero_point = (codes.astype(np.int16) - SYMMETRIC_ZERO_POINT).astype(np.int8), None
-    if codes.dtype in (np.uint8, ml_dtypes.uint4):
+    kind, shape = constant.dtype, const.sizes(constant)
+    unsigned = kind == ir.DataType.UINT8 and zero_point is not None and bool((zero_point == SYMMETRIC_ZERO_POINT).all())
+    if kind in (ir.DataType.UINT8, ir.DataType.UINT4) and not unsigned:
         raise UnsupportedModelError(f"{name}: its weight codes are unsigned, and not around {SYMMETRIC_ZERO_POINT}")
-    if codes.dtype not in (np.int8, ml_dtypes.int4):
-        raise UnsupportedModelError(f"{name}: its weight codes are {codes.dtype}")
-    if zero_point is not None and zero_point.astype(np.int64).any():
+    if kind not in (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8):
+        raise UnsupportedModelError(f"{name}: its weight codes are {kind.name.lower()}")
+    codes = const.changed(constant, _signed if unsigned else _int8, shape, ir.DataType.INT8)
+    if not unsigned and zero_point is not None and zero_point.astype(np.int64).any():
         raise UnsupportedModelError(f"{name}: its weight is asymmetric (zero point is not 0)")
     scale = _scale_of(node)
     axis = node.attributes.get_int("axis", 1)
     if axis < 0:
-        axis += codes.ndim
+        axis += len(shape)
     block = node.attributes.get_int("block_size", 0)
+    weight = QuantizedWeight(codes, scale, axis, 4 if kind == ir.DataType.INT4 else 8, unsigned=unsigned)
     if block:
-        return _blocked(codes, scale, axis, block, name)
-    if scale.size == 1 and 0 <= axis < codes.ndim:
-        scale = np.full(codes.shape[axis], scale.reshape(-1)[0], np.float32)
-    if scale.ndim != 1 or not 0 <= axis < codes.ndim or codes.shape[axis] != len(scale):
-        raise UnsupportedModelError(f"{name}: {scale.size} scales do not fit a weight of shape {codes.shape}")
-    bits = 4 if codes.dtype == ml_dtypes.int4 else 8
-    return QuantizedWeight(codes.astype(np.int8), scale, axis, bits, unsigned=unsigned)
+        return _blocked(weight, block, name)
+    if scale.size == 1 and 0 <= axis < len(shape):
+        weight = replace(weight, scale=np.full(shape[axis], scale.reshape(-1)[0], np.float32))
+    if weight.scale.ndim != 1 or not 0 <= axis < len(shape) or shape[axis] != len(weight.scale):
+        raise UnsupportedModelError(f"{name}: {scale.size} scales do not fit a weight of shape {shape}")
+    return weight
 
 
-def _blocked(
-    codes: NDArray[np.generic], scale: NDArray[np.float32], axis: int, block: int, name: str
-) -> QuantizedWeight:
-    """A matrix whose runs of `block` codes along `axis`, its inputs, have a scale each."""
-    if codes.ndim != 2 or not 0 <= axis < 2 or block < 0 or codes.shape[axis] % block:
-        raise UnsupportedModelError(f"{name}: blocks of {block} do not divide a weight of shape {codes.shape}")
-    wanted = list(codes.shape)
+def _int8(codes: NDArray[Any]) -> NDArray[np.int8]:
+    return codes.astype(np.int8)
+
+
+def _signed(codes: NDArray[Any]) -> NDArray[np.int8]:
+    return (codes.astype(np.int16) - SYMMETRIC_ZERO_POINT).astype(np.int8)
+
+
+def _blocked(weight: QuantizedWeight, block: int, name: str) -> QuantizedWeight:
+    """A matrix whose runs of `block` codes along its axis so far, its inputs, have a scale each."""
+    axis, shape = weight.axis, weight.shape
+    if len(shape) != 2 or not 0 <= axis < 2 or block < 0 or shape[axis] % block:
+        raise UnsupportedModelError(f"{name}: blocks of {block} do not divide a weight of shape {shape}")
+    wanted = list(shape)
     wanted[axis] //= block
-    if scale.shape != tuple(wanted):
-        raise UnsupportedModelError(f"{name}: scales of shape {scale.shape} do not fit blocks of {block}")
-    bits = 4 if codes.dtype == ml_dtypes.int4 else 8
-    return QuantizedWeight(codes.astype(np.int8), scale, 1 - axis, bits, block)
+    if weight.scale.shape != tuple(wanted):
+        raise UnsupportedModelError(f"{name}: scales of shape {weight.scale.shape} do not fit blocks of {block}")
+    return replace(weight, axis=1 - axis, block=block, unsigned=False)
 
 
 def _dequantize_bias(node: ir.Node, codes: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ import efrapq.io.onnx_file as onnx_file
 from efrapq.calibration.datafree import DataFree
 from efrapq.errors import CorruptFileError, InputError, OutputError, UsageError
 from efrapq.inspection import inspect
-from efrapq.io import FileTensor, Limits
+from efrapq.io import FileTensor, Limits, load_onnx, read_source
 from efrapq.pipeline import defend, export
 from efrapq.verification import verify
 
@@ -56,6 +56,15 @@ def model(residual_net: Any, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(params=["beside it", "inside of it"])
+def any_model(request: pytest.FixtureRequest, model: Path) -> Path:
+    """The weights in a file beside the model's, or in its own."""
+    if request.param == "inside of it":
+        onnx.save(onnx.load(model), model)
+        model.with_name("net.data").unlink()
+    return model
+
+
 @pytest.fixture
 def data(images: Any, tmp_path: Path) -> Path:
     path = tmp_path / "data.npz"
@@ -71,23 +80,27 @@ def timeless(document: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_defended_alike(model: Path, data: Path, tmp_path: Path, small_limits: Any, bits: int) -> None:
-    whole = defend(model, tmp_path / "whole.onnx", calib=data, bits=bits)
+def test_defended_alike(any_model: Path, data: Path, tmp_path: Path, small_limits: Any, bits: int) -> None:
+    whole = defend(any_model, tmp_path / "whole.onnx", calib=data, bits=bits)
     small_limits()
-    apart = defend(model, tmp_path / "apart.onnx", calib=data, bits=bits)
+    apart = defend(any_model, tmp_path / "apart.onnx", calib=data, bits=bits)
     assert apart.data == whole.data
     assert apart.quantized.digest == whole.quantized.digest
     assert apart.evidence["input"] == whole.evidence["input"]
+    if not (tmp_path / "net.data").exists():
+        assert "external" not in apart.evidence["input"] or not apart.evidence["input"]["external"]
+        assert apart.evidence["input"]["bytes"] == any_model.stat().st_size
+        return
     content = (tmp_path / "net.data").read_bytes()
     assert apart.evidence["input"]["external"] == {"net.data": hashlib.sha256(content).hexdigest()}
-    assert apart.evidence["input"]["bytes"] == model.stat().st_size + len(content)
+    assert apart.evidence["input"]["bytes"] == any_model.stat().st_size + len(content)
 
 
-def test_data_free_alike(model: Path, small_limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_free_alike(any_model: Path, small_limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DataFree, "batch", 4)  # 64 images take long
-    whole = defend(model, calib_size=4)
+    whole = defend(any_model, calib_size=4)
     small_limits()
-    assert defend(model, calib_size=4).data == whole.data
+    assert defend(any_model, calib_size=4).data == whole.data
 
 
 def test_blocks_alike(make_model: Any, tmp_path: Path, small_limits: Any) -> None:
@@ -141,8 +154,9 @@ def test_converted_to_another_opset_alike(
     assert 0 < max(seen) <= 24, "the converter was given the weights"
 
 
-def test_verified_and_inspected_alike(model: Path, data: Path, tmp_path: Path, small_limits: Any) -> None:
-    made = tmp_path / "made.onnx"
+def test_verified_and_inspected_alike(any_model: Path, data: Path, tmp_path: Path, small_limits: Any) -> None:
+    """The quantized file, too: its codes are inside of it."""
+    model, made = any_model, tmp_path / "made.onnx"
     defend(model, made, calib=data)
     verified, inspected = verify(made, data=data), inspect(model)
     small_limits()
@@ -150,6 +164,7 @@ def test_verified_and_inspected_alike(model: Path, data: Path, tmp_path: Path, s
     assert verified.document["codes"]["compared_with_float"]
     assert verified.passed
     assert inspect(model) == inspected
+    assert load_onnx(read_source(made)).outside
     assert inspected["kernels"]["float"] == 4
 
 
@@ -181,24 +196,25 @@ def test_a_run_is_resumed_with_its_own_weights_only(
 
 
 def test_a_change_while_it_runs_ends_the_run(
-    model: Path, data: Path, tmp_path: Path, small_limits: Any, monkeypatch: pytest.MonkeyPatch
+    any_model: Path, data: Path, tmp_path: Path, small_limits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_limits()
+    file = next(path for path in (tmp_path / "net.data", any_model) if path.exists())
     honest, reads = FileTensor.read, 0
 
     def read(self: FileTensor) -> Any:
         nonlocal reads
         reads += 1
         if reads == 12:  # after loading, in which each of four is read once
-            content = bytearray((tmp_path / "net.data").read_bytes())
+            content = bytearray(file.read_bytes())
             content[self.offset] ^= 1
-            (tmp_path / "net.data").write_bytes(content)
+            file.write_bytes(content)
         return honest(self)
 
     monkeypatch.setattr(FileTensor, "read", read)
     made = tmp_path / "made.onnx"
     with pytest.raises(CorruptFileError, match="changed since the model was loaded"):
-        defend(model, made, calib=data)
+        defend(any_model, made, calib=data)
     assert reads == 12
     assert not made.exists()
     assert not (tmp_path / "made.json").exists()

@@ -7,6 +7,7 @@ time that it is asked for, and is the caller's to drop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -57,15 +58,18 @@ def lazily(make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: t
 
 
 def changed(
-    constant: ir.TensorProtocol, change: Callable[[NDArray[np.generic]], NDArray[np.generic]], shape: tuple[int, ...]
-) -> NDArray[np.generic] | ir.LazyTensor:
-    """`change` of a constant, which keeps its type: made now, or of one that is lazy when it is asked for.
+    constant: ir.TensorProtocol,
+    change: Callable[[NDArray[Any]], NDArray[Any]],
+    shape: tuple[int, ...],
+    dtype: ir.DataType | None = None,
+) -> NDArray[Any] | ir.LazyTensor:
+    """`change` of a constant: made now, or of one that is lazy when it is asked for.
 
-    shape: of the result.
+    shape: of the result. dtype: of the result, by default the constant's.
     """
     if not isinstance(constant, ir.LazyTensor):
         return change(constant.numpy())
-    return lazily(lambda: np.ascontiguousarray(change(constant.numpy())), constant.dtype, shape)
+    return lazily(lambda: np.ascontiguousarray(change(constant.numpy())), dtype or constant.dtype, shape)
 
 
 def fresh_name(graph: ir.Graph, wanted: str) -> str:

@@ -26,19 +26,30 @@ from numpy.typing import NDArray
 from efrapq.errors import CorruptFileError, InputError, LimitError, UnsafeFileError
 from efrapq.io.limits import Limits
 from efrapq.io.onnx_tensor import check_empty, raw_bytes
-from efrapq.io.source import stream_fd
+from efrapq.io.source import open_regular, stream_fd
 from efrapq.io.text import printable
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["External", "FileTensor", "data_as_inputs", "take_external"]
+__all__ = ["External", "FileTensor", "data_as_inputs", "in_own_file", "take_external"]
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _FILE = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # Windows cannot open relative to a directory.
 _RELATIVE = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
 _CHUNK = 1 << 24
+
+
+class _Holder(Protocol):
+    """A file in which tensors lie. name: as messages call it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, wanted: Sequence[_Ranged]) -> int:
+        """Its descriptor."""
+        ...
 
 
 class _Ranged(Protocol):
@@ -77,9 +88,7 @@ class FileTensor:
     length: int
     sha256: str
     where: str
-    _directory: Path
-    _location: str
-    _model: str
+    _file: _Holder
 
     @property
     def end(self) -> int:
@@ -91,10 +100,10 @@ class FileTensor:
         Raises CorruptFileError if they are no longer those that were hashed, and what opening raises: the path is
         looked at as it was the first time.
         """
-        name = f"{self._model}: {_shown(self._location)}"
+        name = self._file.name
         data = np.empty(self.length, np.uint8)
         view, found = data.data, hashlib.sha256()
-        fd = _open(self._directory, self._location, [self], name)
+        fd = self._file.open([self])
         with open(fd, "rb", buffering=0) as file:
             try:
                 file.seek(self.offset)
@@ -112,6 +121,34 @@ class FileTensor:
 
 
 @dataclass(frozen=True)
+class _DataFile:
+    """A file of external data. directory: the model's. location: what the model says."""
+
+    directory: Path
+    location: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}: {_shown(self.location)}"
+
+    def open(self, wanted: Sequence[_Ranged], limit: int | None = None) -> int:
+        """limit: bytes that it may have."""
+        return _open(self.directory, self.location, wanted, self.name, limit)
+
+
+@dataclass(frozen=True)
+class _ModelFile:
+    """The model's own file, which the user named: it may be a link."""
+
+    path: Path
+    name: str
+
+    def open(self, wanted: Sequence[_Ranged]) -> int:
+        return open_regular(self.path, self.name)
+
+
+@dataclass(frozen=True)
 class External:
     """files: location → SHA-256 of each file of external data, sorted. size: of all of them, bytes. outside: the
     initializers that stay in theirs, by name.
@@ -120,6 +157,20 @@ class External:
     files: dict[str, str]
     size: int
     outside: dict[str, FileTensor]
+
+
+def in_own_file(
+    tensor: onnx.TensorProto, offset: int, data: memoryview, where: str, path: Path, name: str
+) -> FileTensor:
+    """An initializer whose `data` lie at this offset of the model's own file, and stay there.
+
+    Raises CorruptFileError if it holds others besides.
+    """
+    check_empty(tensor, where, name)
+    # A later change of the working directory must not lead to another file.
+    own = _ModelFile(path.absolute(), name)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return FileTensor(tensor.name, tensor.data_type, tuple(tensor.dims), offset, len(data), sha256, where, own)
 
 
 def take_external(
@@ -159,8 +210,8 @@ def take_external(
     size, kept = 0, {}
     for location, pieces in sorted(by_location.items()):
         limit = limits.max_external_bytes if any(stays for _, stays in pieces) else limits.max_onnx_bytes
-        shown = f"{name}: {_shown(location)}"
-        hashes[location], count, data = _read(directory, location, pieces, shown, limit)
+        file = _DataFile(directory, location, name)
+        hashes[location], count, data = _read(file, pieces, limit)
         size += count
         for (piece, stays), found in zip(pieces, data, strict=True):
             tensor = piece.tensor
@@ -172,7 +223,7 @@ def take_external(
             check_empty(tensor, piece.where, name)
             kept[tensor.name] = FileTensor(
                 tensor.name, tensor.data_type, tuple(tensor.dims), piece.offset, piece.length, found.decode(),
-                piece.where, directory, location, name,
+                piece.where, file,
             )  # fmt: skip
     return External(hashes, size, kept)
 
@@ -248,7 +299,7 @@ def _number(text: str, key: str, where: str, name: str) -> int:
 
 
 def _read(
-    directory: Path, location: str, pieces: Sequence[tuple[_Slice, bool]], name: str, limit: int
+    file: _DataFile, pieces: Sequence[tuple[_Slice, bool]], limit: int
 ) -> tuple[str, int, list[bytes | bytearray]]:
     """One pass over a file: its SHA-256, its size, and of each piece the bytes, or the SHA-256 as text where it stays
     outside.
@@ -259,9 +310,9 @@ def _read(
     waiting = sorted(range(len(pieces)), key=lambda i: slices[i].offset, reverse=True)
     active: list[int] = []
     whole, position = hashlib.sha256(), 0
-    fd = _open(directory, location, slices, name, limit)
+    fd = file.open(slices, limit)
     with open(fd, "rb", buffering=0):
-        for chunk in stream_fd(fd, name, limit):
+        for chunk in stream_fd(fd, file.name, limit):
             whole.update(chunk)
             view, end = memoryview(chunk), position + len(chunk)
             while waiting and slices[waiting[-1]].offset < end:
@@ -275,7 +326,7 @@ def _read(
                     found.update(part)
             active = [i for i in active if slices[i].end > end]
             position = end
-    _check_range(position, slices, name)
+    _check_range(position, slices, file.name)
     data = [buffer if h is None else h.hexdigest().encode() for buffer, h in zip(buffers, hashes, strict=True)]
     return whole.hexdigest(), position, data
 

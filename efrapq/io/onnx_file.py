@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from efrapq.errors import (
@@ -16,9 +16,10 @@ from efrapq.errors import (
     UnsupportedFileError,
     UnsupportedModelError,
 )
-from efrapq.io.external import External, FileTensor, data_as_inputs, take_external
+from efrapq.io.external import External, FileTensor, data_as_inputs, in_own_file, take_external
 from efrapq.io.limits import Limits
-from efrapq.io.onnx_tensor import check_stored, non_finite
+from efrapq.io.onnx_inline import Place, without_weights
+from efrapq.io.onnx_tensor import check_length, check_stored, non_finite
 from efrapq.io.onnx_walk import STANDARD_DOMAINS, Contents, check_functions, survey
 from efrapq.io.sniff import Format
 from efrapq.io.source import Source
@@ -71,7 +72,8 @@ class OnnxFile:
 
 
 def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Collection[str] = ()) -> OnnxFile:
-    """Return the ONNX model in `source`, with its external data read into it unless they are too large for that.
+    """Return the ONNX model in `source`, with its external data read into it. If the model is too large for that, its
+    large initializers stay in their files, be that one of external data or `source` itself.
 
     Operators of domains other than ONNX's and com.microsoft's are refused unless a function of the model or
     `allow_domains` covers them. The model may hold quantized operators; see `refuse_quantized`.
@@ -84,14 +86,14 @@ def load_onnx(source: Source, *, limits: Limits | None = None, allow_domains: Co
     name = source.name
     if source.format is not Format.ONNX:
         raise UnsupportedFileError(f"{name}: a {source.format} file, not an ONNX model; give an .onnx file")
-    model = _parse(source, limits)
+    model, places = _parse(source, limits)
     _check_outline(model, name)
     contents = survey(model, name, limits)
     _use_short_domain(model, contents)
     check_functions(contents, name, allow_domains, limits)
     _check_names(contents, name)
     _check_shapes(contents, name, limits)
-    external = _check_tensors(contents, source, limits)
+    external = _check_tensors(contents, places, source, limits)
     if model.ByteSize() > limits.max_onnx_bytes:
         raise LimitError(f"{name}: over the limit of {limits.max_onnx_bytes:,} bytes; use a smaller model")
     _run_checker(data_as_inputs(model), name)
@@ -119,15 +121,19 @@ def _first_quantized(model: onnx.ModelProto) -> str | None:
     return None
 
 
-def _parse(source: Source, limits: Limits) -> onnx.ModelProto:
+def _parse(source: Source, limits: Limits) -> tuple[onnx.ModelProto, dict[int, Place]]:
+    """The model, and the places in its file of the initializers that are not in it, by their position."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if len(source.data) > limits.max_onnx_bytes:
         raise LimitError(f"{source.name}: over the limit of {limits.max_onnx_bytes:,} bytes; use a smaller model")
+    data, places = source.data, dict[int, Place]()
+    if len(data) > limits.max_inline_bytes:
+        data, places = without_weights(data, limits.min_outside_bytes)
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(source.data)
+        model.ParseFromString(data)
     except DecodeError:
         raise CorruptFileError(
             f"{source.name}: not a complete ONNX model (cut off, damaged, or nested too deep); "
@@ -135,7 +141,7 @@ def _parse(source: Source, limits: Limits) -> onnx.ModelProto:
         ) from None
     # Fields that this version of ONNX does not know would be passed on, unchecked, to a runtime that may know them.
     model.DiscardUnknownFields()
-    return model
+    return model, places
 
 
 def _check_outline(model: Any, name: str) -> None:
@@ -190,25 +196,30 @@ def _check_dims(dims: list[int], where: str, name: str, limits: Limits) -> None:
         raise LimitError(f"{name}: {where} has too many elements; use a smaller model")
 
 
-def _check_tensors(contents: Contents, source: Source, limits: Limits) -> External:
+def _check_tensors(contents: Contents, places: dict[int, Place], source: Source, limits: Limits) -> External:
     import onnx
 
-    outside = []
+    own_file = {id(contents.initializers[index]): place for index, place in places.items()}
+    view, inside, outside = memoryview(source.data), {}, []
     for tensor, where in contents.tensors:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if (place := own_file.get(id(tensor))) is not None:
+            tensor.ClearField("external_data")
+            check_length(tensor, place.length, where, source.name, limits)
+            data = view[place.offset : place.offset + place.length]
+            inside[tensor.name] = in_own_file(tensor, place.offset, data, where, source.path, source.name)
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
             outside.append((tensor, where))
         else:
             # Left in place, these would come to life in a reader that looks at them first.
             tensor.ClearField("external_data")
             check_stored(tensor, where, source.name, limits)
     own = {id(tensor) for tensor in contents.initializers}
-    external = take_external(
-        outside, lambda tensor: id(tensor) in own, source.path, len(source.data), source.name, limits
-    )
+    in_memory = len(source.data) - sum(place.length for place in places.values())
+    external = take_external(outside, lambda t: id(t) in own, source.path, in_memory, source.name, limits)
     for tensor, where in outside:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             check_stored(tensor, where, source.name, limits)
-    return external
+    return replace(external, outside=inside | external.outside)
 
 
 def _run_checker(model: onnx.ModelProto, name: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-__all__ = ["check_empty", "check_stored", "non_finite", "raw_bytes"]
+__all__ = ["check_empty", "check_length", "check_stored", "non_finite", "raw_bytes"]
 
 # Data type → bits of an element, the typed field that may hold it, and elements to an entry of that field
 # (a complex number takes two entries, written as a negative count).
@@ -75,10 +75,18 @@ def check_stored(tensor: onnx.TensorProto, where: str, name: str, limits: Limits
     if (raw and (filled or type_name == "STRING")) or len(filled) > 1 or (filled and filled != [typed]):
         raise CorruptFileError(f"{name}: {where} holds its data in a wrong field or more than once; export it again")
     if raw:
-        expected, actual, unit = raw_bytes(tensor, where, name, limits), len(tensor.raw_data), "bytes"
+        check_length(tensor, len(tensor.raw_data), where, name, limits)
     else:
         expected = -elements * per_entry if per_entry < 0 else -(-elements // per_entry)
-        actual, unit = len(getattr(tensor, typed)), "entries"
+        _require_count(tensor, expected, len(getattr(tensor, typed)), "entries", where, name)
+
+
+def check_length(tensor: onnx.TensorProto, length: int, where: str, name: str, limits: Limits) -> None:
+    """Check that so many bytes of raw data are what the dimensions say; raises as `raw_bytes`, and CorruptFileError."""
+    _require_count(tensor, raw_bytes(tensor, where, name, limits), length, "bytes", where, name)
+
+
+def _require_count(tensor: Any, expected: int, actual: int, unit: str, where: str, name: str) -> None:
     if expected != actual:
         raise CorruptFileError(
             f"{name}: {where} of shape {_shape(tensor)} needs {expected:,} {unit} and has {actual:,}; export it again"

@@ -14,7 +14,7 @@ from efrapq.io.limits import Limits
 from efrapq.io.sniff import Format, sniff
 from efrapq.io.text import printable
 
-__all__ = ["Source", "read_fd", "read_source", "stream_fd"]
+__all__ = ["Source", "open_regular", "read_fd", "read_source", "stream_fd"]
 
 _CHUNK = 1 << 24
 
@@ -45,19 +45,25 @@ def read_source(path: str | Path, limits: Limits | None = None) -> Source:
     limits = limits or Limits()
     path = Path(path)
     name = printable(path)
+    data = read_fd(open_regular(path, name), name, limits.max_file_bytes)
+    return Source(path=path, data=data, sha256=hashlib.sha256(data).hexdigest(), format=sniff(data, name, limits))
+
+
+def open_regular(path: Path, name: str) -> int:
+    """The descriptor of a file that the user named. Raises InputError if it cannot be opened, UnsupportedFileError if
+    it is not a regular file.
+    """
     try:
         # Looking comes before opening: to open a device can have effects of its own.
         _require_regular(os.stat(path), name)
         # Should a FIFO take the file's place between the two, O_NONBLOCK keeps open() from waiting.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise InputError(f"{name}: there is no such file; check the path") from None
     except PermissionError:
         raise InputError(f"{name}: not readable by this user; check the file's permissions") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be opened ({_reason(error)}); check the path") from None
-    data = read_fd(fd, name, limits.max_file_bytes)
-    return Source(path=path, data=data, sha256=hashlib.sha256(data).hexdigest(), format=sniff(data, name, limits))
 
 
 def read_fd(fd: int, name: str, max_bytes: int) -> bytes:

@@ -50,7 +50,7 @@ class _FloatWeights:
     @property
     def correspond(self) -> bool:
         """Whether the two models are the same network."""
-        return all(name in self._layers and self._shape(name) == w.codes.shape for name, w in self._weights.items())
+        return all(name in self._layers and self._shape(name) == w.shape for name, w in self._weights.items())
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         weight = weight_array(self._graph, self._layers[name])
@@ -77,10 +77,11 @@ def compare_codes(quantized: QuantizedModel, reference: ir.Model) -> CodeCompari
     strangers = []
     for name, held in quantized.weights.items():
         nearest, position = _nearest(weights[name], held)
-        if np.abs(held.codes - position).max(initial=0.0) >= 1 + SLACK:
+        codes = held.codes
+        if np.abs(codes - position).max(initial=0.0) >= 1 + SLACK:
             strangers.append(name)
-        flipped += int((held.codes != nearest).sum())
-        total += held.codes.size
+        flipped += int((codes != nearest).sum())
+        total += codes.size
     return CodeComparison(len(quantized.weights), not strangers, 100 * flipped / total, tuple(strangers))
 
 
@@ -89,5 +90,10 @@ def nearest_twin(quantized: QuantizedModel, reference: ir.Model) -> QuantizedMod
     weights = _FloatWeights(reference, quantized)
     if not weights.correspond:
         return None
-    codes = {n: w.replace_codes(_nearest(weights[n], w)[0]) for n, w in quantized.weights.items()}
-    return QuantizedModel(quantized.model, quantized.layers, codes, quantized.activations, quantized.metadata)
+    twins = {name: _nearest_weight(weights, name, held) for name, held in quantized.weights.items()}
+    return QuantizedModel(quantized.model, quantized.layers, twins, quantized.activations, quantized.metadata)
+
+
+def _nearest_weight(weights: _FloatWeights, name: str, held: QuantizedWeight) -> QuantizedWeight:
+    """Its codes are made when they are asked for, so that no two weights of a large model are in memory at once."""
+    return held.replace_codes(const.lazily(lambda: _nearest(weights[name], held)[0], ir.DataType.INT8, held.shape))

@@ -152,8 +152,8 @@ class _Verifier:
         self.path = source.path
         self.sha256 = source.sha256
         self.found = found
-        # The bytes as they are in the file; with external data they are not all of the model.
-        self.data = None if found.external else source.data
+        # The bytes as they are in the file, where they are all of the model.
+        self.data = None if found.external or found.outside else source.data
         self.bytes = len(source.data) + found.external_bytes
         self.proto = proto
         self.metadata = {p.key: p.value for p in proto.metadata_props}

@@ -188,7 +188,7 @@ def test_a_file_of_another_layer_is_refused(journal: Journal) -> None:
         (weight, report, (3, 2, 3, 4)),
         (weight, dataclasses.replace(report, name="other"), report.shape),
         (weight, dataclasses.replace(report, shape=(3, 18)), report.shape),
-        (dataclasses.replace(weight, codes=weight.codes.astype(np.int16)), report, report.shape),
+        (dataclasses.replace(weight, stored=weight.codes.astype(np.int16)), report, report.shape),
         (dataclasses.replace(weight, scale=weight.scale[:2]), report, report.shape),
         (dataclasses.replace(weight, scale=weight.scale.astype(np.float64)), report, report.shape),
         (dataclasses.replace(weight, axis=7), report, report.shape),
