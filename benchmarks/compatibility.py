@@ -350,7 +350,8 @@ def main() -> None:
     if args.page:
         pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
         pages["encoder"] = markdown(ENCODER, encoder_rows(json.loads((RESULTS / "encoder.json").read_text())))
-        pages["external"] = markdown(EXTERNAL, external_rows(json.loads((RESULTS / "external.json").read_text())))
+        for name in ("external", "inside"):
+            pages[name] = markdown(EXTERNAL, external_rows(json.loads((RESULTS / f"{name}.json").read_text())))
         write_page("COMPATIBILITY", pages)
 
 

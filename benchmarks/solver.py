@@ -208,7 +208,8 @@ def growth(document: dict[str, Any], quick: bool, against: tuple[str, ...]) -> N
         title, sizes, run = tables[key]
         runs = [run(size) for size in sizes]
         seconds = [r["pass"] for r in runs]
-        slope, intercept = np.polyfit(sizes, seconds, 1)
+        # Seconds that differ by a factor of ten are measured with errors that do so, too.
+        slope, intercept = np.polyfit(sizes, seconds, 1, w=1 / np.asarray(seconds))
         line = [slope * s + intercept for s in sizes]
         exponent = fitted_exponent(sizes, seconds)
         document.setdefault("growth", {})[key] = {
