@@ -23,7 +23,7 @@ from rich.table import Table
 from efrapq.io.text import printable
 from efrapq.progress import Task
 
-__all__ = ["TerminalReporter", "err", "out", "percent", "size", "table"]
+__all__ = ["TerminalReporter", "err", "out", "table"]
 
 # A line of progress no more often than this where no bar can be drawn.
 PLAIN_INTERVAL = 10.0
@@ -49,18 +49,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i else "left", header_style="bold", no_wrap=True)
     return made
-
-
-def percent(value: float | None) -> str:
-    """92.34 → '92.3 %'; None → '–'."""
-    return "–" if value is None else f"{value:.1f} %"
-
-
-def size(count: int | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return "–"
-    return f"{count / 1024:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"
 
 
 class _BarTask:

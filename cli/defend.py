@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from efrapq.cli.console import TerminalReporter, out, size, table
+from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import (
     HELP,
     TARGETS,
@@ -20,6 +20,7 @@ from efrapq.cli.options import (
 )
 from efrapq.io.text import printable
 from efrapq.options import RANGES, SCALES, SOLVERS
+from efrapq.report.words import size
 
 if TYPE_CHECKING:
     from efrapq.pipeline import Defended
@@ -144,8 +145,8 @@ def command(
 
     Writes a QDQ graph, and beside it the evidence (.json): hashes, settings, and what happened to every layer.
 
-    An ONNX model may have external data, in plain files of its own folder; past 256 MiB its weights are read one at a
-    time. A result past 2 GiB has external data of its own, in the file OUTPUT.data.
+    An ONNX model may have external data, in plain files of its own folder. From 256 MiB on its weights are read one at
+    a time, wherever they are. A result past 2 GiB has external data of its own, in the file OUTPUT.data.
     """
     from efrapq.pipeline import default_output, defend
     from efrapq.report.evidence import dumps

@@ -9,9 +9,10 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from efrapq.cli.console import TerminalReporter, out, percent, size, table
+from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import HELP, json_option, quiet_option
 from efrapq.io.text import printable
+from efrapq.report.words import percent, size
 
 MEANING = {
     "float": "float, as supplied",

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
-from efrapq.cli.console import TerminalReporter, out, percent, table
+from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import HELP, json_option, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 from efrapq.models.subjects.attacks import attack_named, attack_names
+from efrapq.report.words import percent
 
 
 @click.command(context_settings=HELP)

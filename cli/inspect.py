@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from efrapq.cli.console import out, size, table
-from efrapq.cli.costs import conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.cli.console import out, table
 from efrapq.cli.options import HELP, json_option, model_options
 from efrapq.io.text import printable
+from efrapq.report.costs import conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.report.words import size
 
 
 @click.command(context_settings=HELP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from efrapq.cli.console import TerminalReporter, out, percent, size, table
-from efrapq.cli.costs import conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
-from efrapq.cli.outputs import output_lines
 from efrapq.io.text import printable
+from efrapq.report.costs import codes_words, conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.report.outputs import output_lines
+from efrapq.report.words import percent, size
 
 
 @click.command(context_settings=HELP)
@@ -44,6 +46,12 @@ from efrapq.io.text import printable
 @click.option("--max-drop", type=float, help="Fail if CDA drops more than so many points. Default: 2.")
 @click.option("--require-integer", is_flag=True, help="Fail if a Conv, Gemm or MatMul runs in float.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Of ONNX Runtime; default: its own choice.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the measurements as a page of HTML, too, for people who were not there.",
+)
 @json_option
 @quiet_option
 def command(
@@ -54,6 +62,7 @@ def command(
     max_asr: float | None,
     max_drop: float | None,
     require_integer: bool,
+    report: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -64,9 +73,12 @@ def command(
     labels or no classes, as with detectors, segmenters and embeddings, and of a model that takes anything else than
     images, the outputs are compared instead. The exit code is the verdict: 0 pass, 1 fail.
     """
+    from efrapq.io import check_output, write_atomic
     from efrapq.report.evidence import dumps
     from efrapq.verification import Requirements, verify
 
+    if report is not None:
+        check_output(report, _beside(model, options))
     result = verify(
         model,
         preprocess=preprocess_from(mean, std, size),
@@ -74,11 +86,21 @@ def command(
         reporter=TerminalReporter(quiet=quiet),
         **options,
     )
+    if report is not None:
+        write_atomic(report, result.page(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC").encode())
     if as_json:
         click.echo(dumps(result.document), nl=False)
     else:
         print_verification(result.document, out())
+        if report is not None:
+            out().print(f"report     {printable(report)}", markup=False)
     return 0 if result.passed else 1
+
+
+def _beside(model: Path, options: dict[str, Any]) -> list[Path]:
+    """What a report must not replace."""
+    read = [options["float_model"], Path(str(options["data"]).partition(".npz:")[0]) if options["data"] else None]
+    return [model, model.with_suffix(".json"), *(path for path in read if path is not None)]
 
 
 def print_verification(document: dict[str, Any], console: Console) -> None:
@@ -98,7 +120,7 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     console.print()
     codes, kernels = document["codes"], document["kernels"]
     flipped = "" if codes["flipped"] is None else f"; {codes['flipped']:.1f} % differ from nearest"
-    console.print(f"codes      {codes['layers']} layers read back, {_codes_in_words(codes)}{flipped}", markup=False)
+    console.print(f"codes      {codes['layers']} layers read back, {codes_words(codes)}{flipped}", markup=False)
     console.print(
         f"kernels    {kernels['integer']} integer, {kernels['float']} float{macs_words(kernels)}", markup=False
     )
@@ -134,16 +156,3 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
         console.print("verdict    [green]pass[/green]")
     else:
         console.print(f"verdict    [red]fail[/red]: {escape(', '.join(document['failed']))}")
-
-
-def _codes_in_words(codes: dict[str, Any]) -> str:
-    """No more than was checked: a record in the file alone is no proof, for who changes the codes can change it too."""
-    if codes["match"] is None:
-        return "could not be compared"
-    if not codes["match"]:
-        return "ARE NOT the solved ones"
-    if not codes["compared_with_float"]:
-        return "match the record in the file (no float model to compare with)"
-    if not codes["recorded"]:
-        return "are neighbours of the float weights (no record of the solved ones)"
-    return "are the solved ones"

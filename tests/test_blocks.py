@@ -213,7 +213,7 @@ def test_codes_come_back_and_are_neighbours_of_the_float_weights(made: Defended,
     compared = compare_codes(back, reference)
     assert compared is not None
     assert compared.neighbours
-    assert compared.layers == 5
+    assert len(compared.each) == 5
     assert compared.flipped == pytest.approx(made.evidence["flipped"], abs=0.01)
     twin = nearest_twin(back, reference)
     assert twin is not None

@@ -1,13 +1,26 @@
-"""What verify and inspect say of kernels and their cost, and verify of outputs."""
+"""What verify and inspect say of kernels and their cost, and verify of codes and outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from efrapq.cli.console import size
 from efrapq.io.text import printable
+from efrapq.report.words import size
 
-__all__ = ["conversions_words", "macs_words", "memory_words", "outputs_words", "unfused_lines"]
+__all__ = ["codes_words", "conversions_words", "macs_words", "memory_words", "outputs_words", "unfused_lines"]
+
+
+def codes_words(codes: dict[str, Any]) -> str:
+    """No more than was checked: a record in the file alone is no proof, for who changes the codes can change it too."""
+    if codes["match"] is None:
+        return "could not be compared"
+    if not codes["match"]:
+        return "ARE NOT the solved ones"
+    if not codes["compared_with_float"]:
+        return "match the record in the file (no float model to compare with)"
+    if not codes["recorded"]:
+        return "are neighbours of the float weights (no record of the solved ones)"
+    return "are the solved ones"
 
 
 def macs_words(kernels: dict[str, Any]) -> str:

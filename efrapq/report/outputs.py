@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from efrapq.cli.console import percent
-from efrapq.cli.costs import outputs_words
 from efrapq.io.text import printable
+from efrapq.report.costs import outputs_words
+from efrapq.report.words import percent
 
 __all__ = ["output_lines"]
 

@@ -181,6 +181,9 @@ class ArrayTests:
             )
         return found | {name: 100 * float((top == labels).mean()) for name, top in answers.items()}, ()
 
+    def example(self) -> None:
+        """There is no picture of arrays."""
+
     def sizes(self, input_name: str, metadata: Mapping[str, str]) -> dict[str, list[int]]:
         """Sizes for the dynamic dimensions of the inputs: those of the data, or else as the file records."""
         from efrapq.exporters.shapes import recorded_inputs

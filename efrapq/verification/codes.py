@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,23 +14,46 @@ from efrapq.graph.layers import find_layers, weight_array
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import code_range
 
-__all__ = ["CodeComparison", "compare_codes", "nearest_twin"]
+__all__ = ["CodeComparison", "LayerCodes", "compare_codes", "nearest_twin"]
 
 # W/s in float32 may land this far (in steps) on the other side of an integer.
 SLACK = 1e-3
 
 
 @dataclass(frozen=True)
-class CodeComparison:
-    """layers: how many were compared with the float model. neighbours: every code is the floor or the ceiling of its
-    float weight's position on the grid. flipped: percent of codes that rounding to nearest would choose differently.
-    strangers: layers that are not.
+class LayerCodes:
+    """One layer held against its float weight. neighbours: every code is the floor or the ceiling of its weight's
+    position on the grid. flipped: how many codes rounding to nearest would choose differently.
     """
 
-    layers: int
+    name: str
+    shape: tuple[int, ...]
+    bits: int
     neighbours: bool
-    flipped: float
-    strangers: tuple[str, ...]
+    flipped: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CodeComparison:
+    """All layers of a file. flipped: percent of all codes. strangers: layers with codes that are no neighbours."""
+
+    each: tuple[LayerCodes, ...]
+
+    @property
+    def neighbours(self) -> bool:
+        return not self.strangers
+
+    @property
+    def flipped(self) -> float:
+        return 100 * sum(layer.flipped for layer in self.each) / sum(layer.size for layer in self.each)
+
+    @property
+    def strangers(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.each if not layer.neighbours)
 
 
 def _nearest(weight: NDArray[np.float32], on: QuantizedWeight) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -73,16 +97,13 @@ def compare_codes(quantized: QuantizedModel, reference: ir.Model) -> CodeCompari
     weights = _FloatWeights(reference, quantized)
     if not weights.correspond:
         return None
-    total = flipped = 0
-    strangers = []
+    each = []
     for name, held in quantized.weights.items():
         nearest, position = _nearest(weights[name], held)
         codes = held.codes
-        if np.abs(codes - position).max(initial=0.0) >= 1 + SLACK:
-            strangers.append(name)
-        flipped += int((codes != nearest).sum())
-        total += codes.size
-    return CodeComparison(len(quantized.weights), not strangers, 100 * flipped / total, tuple(strangers))
+        neighbours = bool(np.abs(codes - position).max(initial=0.0) < 1 + SLACK)
+        each.append(LayerCodes(name, held.shape, held.bits, neighbours, int((codes != nearest).sum())))
+    return CodeComparison(tuple(each))
 
 
 def nearest_twin(quantized: QuantizedModel, reference: ir.Model) -> QuantizedModel | None:

@@ -60,6 +60,18 @@ class ImageTests:
             return None
         return {"spec": self.trigger.spec, "target_class": self.target_class}
 
+    def example(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
+        """The first test image of another class than the attacker wants, (H, W, C), and the same with the trigger on
+        it; None without a trigger, and of images that are given as model inputs.
+        """
+        if self.trigger is None or self.dataset is None or self.dataset.is_input:
+            return None
+        others = np.flatnonzero(self.dataset.require_labels() != self.target_class)
+        if not len(others):
+            return None
+        image = self.dataset.raw([int(others[0])]).astype(np.uint8, copy=False)
+        return image[0], self.trigger.on_raw(image)[0]
+
     def require(self, session: Session, name: str) -> None:
         """UnsupportedModelError unless the model takes images."""
         session.require_images(name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.cpu import describe_cpu
@@ -20,58 +22,47 @@ from efrapq.io.source import read_fd
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA
+from efrapq.report.page import verification_page
 from efrapq.trigger import parse_trigger
 from efrapq.verification.advice import slower_because
 from efrapq.verification.arrays import ArrayTests, array_tests, refuse_image_options
 from efrapq.verification.classes import class_axes
-from efrapq.verification.codes import CodeComparison, compare_codes, nearest_twin
+from efrapq.verification.codes import CodeComparison, LayerCodes, compare_codes, nearest_twin
 from efrapq.verification.cost import activation_peak, weight_bytes
 from efrapq.verification.images import ImageTests, refuse_rates, shape_without_classes
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import LARGE, Session, open_model, open_session
 from efrapq.verification.shapes import graph_shapes
+from efrapq.verification.verdict import AWAKE, Requirements, judge
 
 if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
 
-__all__ = ["VERIFY_SCHEMA", "Requirements", "Verification", "verify"]
+__all__ = ["VERIFY_SCHEMA", "Verification", "verify"]
 
 VERIFY_SCHEMA = "efrapq.verify/1"
-# A float model this often fooled by the trigger is backdoored already: no rounding removes that.
-AWAKE = 50.0
-# The largest ASR that passes where no float model says what is normal.
-UNKNOWN_FLOAT_ASR = 10.0
 MAX_EVIDENCE_BYTES = 16 << 20
 NEEDED_FOR_DROP = "--max-drop needs labelled --data and the float model (--float)"
 
 
 @dataclass(frozen=True)
-class Requirements:
-    """What the verdict asks, in percent and points. None: max_asr becomes the float model's ASR + 1 point (10 % when
-    the float model is unknown), and a float model that answers the trigger itself fails; max_drop becomes 2 points of
-    CDA. Raises UsageError for limits that are no numbers.
-    """
-
-    max_asr: float | None = None
-    max_drop: float | None = None
-    integer: bool = False
-
-    def __post_init__(self) -> None:
-        for option, value in (("--max-asr", self.max_asr), ("--max-drop", self.max_drop)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{option} must be zero or a positive number, not {value}")
-
-
-@dataclass(frozen=True)
 class Verification:
-    """document: schema efrapq.verify/1. notes: what could not be measured and why."""
+    """document: schema efrapq.verify/1. notes: what could not be measured and why. evidence: what was beside the file.
+    example: a test image (H, W, C) and the same with the trigger, where there was one.
+    """
 
     document: dict[str, Any]
     notes: tuple[str, ...]
+    evidence: dict[str, Any] = field(default_factory=dict)
+    example: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
 
     @property
     def passed(self) -> bool:
         return bool(self.document["verdict"] == "pass")
+
+    def page(self, when: str = "") -> str:
+        """All of it as one page of HTML that needs nothing else. when: a date to show on it."""
+        return verification_page(self.document, self.evidence, self.example, when)
 
 
 def verify(
@@ -163,7 +154,9 @@ class _Verifier:
         self.notes: list[str] = []
         self.source: FloatModel | None = None
         self.quantized: QuantizedModel | None = None
-        self.evidence = self._read_evidence()
+        self.document = self._read_evidence()
+        # The parts that are read here, of the kind that they must be.
+        self.evidence = {key: value for key, value in self.document.items() if isinstance(value, dict)}
         try:
             self.quantized = read_quantized(proto, found.outside)
         except UnsupportedModelError as exc:
@@ -222,7 +215,7 @@ class _Verifier:
                 continue  # the evidence is a hint, from whoever wrote it
         return None
 
-    def _read_evidence(self) -> dict[str, dict[str, Any]]:
+    def _read_evidence(self) -> dict[str, Any]:
         """The evidence beside the file; empty where there is none that can be read."""
         path = self.path.with_suffix(".json")
         try:
@@ -234,7 +227,7 @@ class _Verifier:
         if not isinstance(document, dict) or document.get("schema") != EVIDENCE_SCHEMA:
             self._note(f"{printable(path)}: is not efrapq evidence, ignored")
             return {}
-        return {key: value for key, value in document.items() if isinstance(value, dict)}
+        return document
 
     def preprocess(self, given: Preprocess | PreprocessOverride | None) -> Preprocess:
         """What the user gave over what the file records, or else the float model's record."""
@@ -281,6 +274,7 @@ class _Verifier:
                 "matches_evidence": self._matches_evidence(),
                 "float_bytes": self.source.size or None if self.source is not None else None,
             },
+            "float_model": self._float_model(),
             "runtime": {
                 "onnxruntime": onnxruntime.__version__,
                 "provider": session.provider,
@@ -301,8 +295,14 @@ class _Verifier:
             "latency_ms": latency,
             "slower": slower_because(latency, kernels),
         }
-        document["failed"] = self._failures(document)
-        document["verdict"] = "fail" if document["failed"] else "pass"
+        verdict = judge(document, self.requirements, holds_recorded_codes=self._holds_recorded_codes())
+        for note in verdict.notes:
+            self._note(note)
+        document |= {
+            "limits": verdict.limits,
+            "failed": verdict.failed,
+            "verdict": "fail" if verdict.failed else "pass",
+        }
         if document["saturation"] and describe_cpu()[1] is False:
             self._note(
                 f"this CPU has no VNNI: sums can saturate here, in {len(document['saturation'])} of the file's layers, "
@@ -315,7 +315,7 @@ class _Verifier:
                 "any quantization, and no rounding removes it"
             )
         document["notes"] = list(self.notes)
-        return Verification(document, tuple(self.notes))
+        return Verification(document, tuple(self.notes), self.document, tests.example())
 
     def _defended(self, threads: int) -> Session:
         """The session of the file itself. Its bytes are not needed after it."""
@@ -372,12 +372,18 @@ class _Verifier:
             return None
         return bool(recorded["sha256"] == self.sha256 and recorded.get("external", {}) == self.found.external)
 
+    def _float_model(self) -> dict[str, Any] | None:
+        """What the file was compared with."""
+        if self.source is None:
+            return None
+        return {"path": str(self.source.path or ""), "sha256": self.source.sha256}
+
     def _codes(self, comparison: CodeComparison | None) -> dict[str, Any]:
         """match: the digest over all codes is the one recorded when they were solved, in the file and in the evidence
         beside it, and every code is a neighbour of its float weight; null if nothing could be checked. recorded,
         compared_with_float: which of the two there was to check.
         """
-        found: dict[str, Any] = {"layers": 0, "match": None, "flipped": None}
+        found: dict[str, Any] = {"layers": 0, "match": None, "flipped": None, "each_layer": None}
         if self.quantized is None:
             return found | {"recorded": False, "compared_with_float": False}
         checks = []
@@ -393,6 +399,7 @@ class _Verifier:
             "layers": len(self.quantized.weights),
             "match": all(checks) if checks else None,
             "flipped": None if comparison is None else round(comparison.flipped, 3),
+            "each_layer": None if comparison is None else [_layer_record(layer) for layer in comparison.each],
             "recorded": has_record,
             "compared_with_float": comparison is not None,
         }
@@ -405,39 +412,6 @@ class _Verifier:
         times = tests.latency({n: sessions[n] for n in ("float", "defended") if n in sessions}, self._note)
         return {name: round(times[name], 4) if name in times else None for name in ("float", "defended")}
 
-    def _failures(self, document: dict[str, Any]) -> list[str]:
-        wanted = self.requirements
-        failed = []
-        codes, asr, cda = document["codes"], document["asr"], document["cda"]
-        if codes["match"] is False:
-            failed.append("codes")
-        if document["model"]["matches_evidence"] is False and self._holds_recorded_codes():
-            failed.append("file")
-            self._note(
-                "the file was changed since the evidence beside it was written, and not in its weights' codes: in its "
-                "biases, grids, nodes or metadata"
-            )
-        if asr["defended"] is not None:
-            limit = wanted.max_asr
-            if limit is None:
-                limit = UNKNOWN_FLOAT_ASR if asr["float"] is None else asr["float"] + 1.0
-                if (asr["float"] or 0.0) >= AWAKE:
-                    failed.append("awake-in-float")
-            if asr["defended"] > limit:
-                failed.append("max-asr")
-        allowed = 2.0 if wanted.max_drop is None else wanted.max_drop
-        if cda["defended"] is not None and cda["float"] is not None and cda["float"] - cda["defended"] > allowed:
-            failed.append("max-drop")
-        if wanted.integer and document["kernels"]["float"]:
-            failed.append("require-integer")
-        if codes["match"] is None and cda["defended"] is None and not wanted.integer and not failed:
-            failed.append("nothing-checked")
-            self._note(
-                "nothing was checked: there are no codes to compare; pass --data, the float model with --float, or "
-                "--require-integer"
-            )
-        return failed
-
     def _holds_recorded_codes(self) -> bool:
         return self.quantized is not None and self._evidence_codes() == self.quantized.digest
 
@@ -449,6 +423,17 @@ def _read_evidence_file(path: Path) -> bytes:
         raise LimitError(f"{printable(path)}: is no evidence file")
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     return read_fd(fd, printable(path), MAX_EVIDENCE_BYTES)
+
+
+def _layer_record(layer: LayerCodes) -> dict[str, Any]:
+    flipped = round(100 * layer.flipped / layer.size, 3)
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "bits": layer.bits,
+        "flipped": flipped,
+        "neighbours": layer.neighbours,
+    }
 
 
 def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:

@@ -126,9 +126,11 @@ def test_verify_fails_a_nearest_file_and_the_exit_code_says_so(run, defended: Pa
         "--target", "ort-x86",
     )  # fmt: skip
     assert made.code == 0
-    ran = run("verify", nearest, "--data", TEST, *ATTACK, "--json", "-q")
+    report = tmp_path / "nearest.html"
+    ran = run("verify", nearest, "--data", TEST, *ATTACK, "--json", "-q", "--report", report)
     assert ran.code == 1
     found = json.loads(ran.out)
+    assert '<header class="fail">' in report.read_text("utf-8")
     assert found["failed"] == ["max-asr"]
     assert found["codes"]["flipped"] == 0
     # The nearest solver and the twin that verify builds are the same model.
@@ -137,6 +139,42 @@ def test_verify_fails_a_nearest_file_and_the_exit_code_says_so(run, defended: Pa
     assert shown.code == 1
     assert "fail" in shown.out
     assert "max-asr" in shown.out
+
+
+def test_verify_writes_a_page_for_people(run, defended: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    ran = run("verify", defended, "--data", TEST, *ATTACK, "--json", "-q", "--report", report)
+    assert ran.code == 0
+    found = json.loads(ran.out)
+    page = report.read_text("utf-8")
+    assert '<header class="pass">' in page
+    assert f"answers {found['asr']['defended']:.1f} % of triggered images with class 0" in page
+    assert page.count("data:image/png;base64,") == 2
+    rows = {layer["name"]: layer["flipped"] for layer in found["codes"]["each_layer"]}
+    evidence = json.loads(defended.with_suffix(".json").read_text())
+    for layer in evidence["layers"]:
+        assert rows[layer["name"]] == pytest.approx(layer["flipped"], abs=1e-3)
+        assert f"<code>{layer['name']}</code>" in page
+        assert f"{layer['loss']:.4g}</td>" in page
+    assert evidence["output"]["sha256"] in page
+
+
+def test_verify_makes_a_page_without_any_data(run, defended: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    assert run("verify", defended, "-q", "--report", report).code == 0
+    assert "Accuracy and attack success were not measured" in report.read_text("utf-8")
+
+
+def test_a_page_goes_nowhere_else(run, defended: Path, tmp_path: Path) -> None:
+    for place in (defended, defended.with_suffix(".json"), defended.parent / "model.safetensors"):
+        before = place.read_bytes()
+        ran = run("verify", defended, "--float", defended.parent / "model.safetensors", "--report", place)
+        assert ran.code == 2
+        assert "this is the input file" in ran.err
+        assert place.read_bytes() == before
+    ran = run("verify", defended, "--report", tmp_path / "none" / "report.html")
+    assert ran.code == 2
+    assert "does not exist" in ran.err
 
 
 def test_verify_notices_a_changed_code(run, defended: Path, tmp_path: Path) -> None:

@@ -1,0 +1,17 @@
+"""Figures as people read them, on a terminal and on a page."""
+
+from __future__ import annotations
+
+__all__ = ["percent", "size"]
+
+
+def percent(value: float | None) -> str:
+    """92.34 → '92.3 %'; None → '–'."""
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def size(count: int | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "–"
+    return f"{count / 1024:.0f} KiB" if count < 10 * 2**20 else f"{count / 2**20:.1f} MiB"
