@@ -15,12 +15,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from efrapq.errors import UnsupportedModelError
+from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph.ops import HOST_INPUTS, OPS, standard_domain, supports
 from efrapq.graph.ops_call import Call, as_tensor
 from efrapq.graph.ops_fallback import OrtFallback, reads
 
 __all__ = ["Executor", "reads", "supports"]
+
+# Of one value in one run: 8 GiB of float32.
+MOST_ELEMENTS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ class Executor:
         """The outputs of one node, of this graph or with its opsets. inputs: a value for each of `reads(node)`, which
         are its inputs (None: left out) and what its subgraphs read from outside.
 
-        Raises UnsupportedModelError with the node's name and operator where the operator declines or fails. A full
-        or failing GPU is none of the model's making: those errors of torch pass through.
+        Raises UnsupportedModelError with the node's name and operator where the operator declines or fails, LimitError
+        for a result past MOST_ELEMENTS. A full or failing GPU is none of the model's making: those errors of torch pass
+        through.
         """
         try:
             results = self._results(node, inputs)
@@ -147,6 +151,12 @@ class Executor:
         if len(results) < (asked := _count_outputs(node)):
             raise UnsupportedModelError(
                 f"node {_name(node)!r} ({_operator(node)}) has {asked} outputs; only {len(results)} are supported"
+            )
+        # Seen before anybody copies it: what Expand makes takes no memory yet.
+        if (most := max((result.numel() for result in results), default=0)) > MOST_ELEMENTS:
+            raise LimitError(
+                f"node {_name(node)!r} ({_operator(node)}) makes {most:,} elements, over the limit of "
+                f"{MOST_ELEMENTS:,}; use a smaller model or smaller inputs"
             )
         return results
 

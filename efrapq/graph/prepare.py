@@ -19,6 +19,7 @@ from onnx_ir.passes import common
 from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph import constants as const
 from efrapq.graph.dialect import all_graphs, plain_dialect
+from efrapq.graph.folding import fold_constants
 from efrapq.graph.identity import drop_identities
 from efrapq.graph.older_opset import at_least
 from efrapq.graph.outside import attach, fold_moves
@@ -36,9 +37,6 @@ __all__ = ["LOWEST_OPSET", "name_nodes", "prepare", "simplify"]
 LOWEST_OPSET = 13
 # Trips that a Loop may be written to make: each runs through ONNX Runtime for every chunk of calibration data.
 MOST_TRIPS = 100_000
-# Of onnxsim, not to be made: they join the weights of several layers, whose names and grids are what a user asks about,
-# or hide them in an operator of ONNX Runtime's own, where they would stay float.
-FUSIONS = ("fuse_attention", "fuse_gqa", "fuse_qkv")
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 RANDOM_OPS = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -49,7 +47,9 @@ def simplify(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = 
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
     plain = plain_dialect(data_as_inputs(proto))
     _refuse_endless(plain)
-    model: ir.Model = ir.from_proto(_simplify(at_least(plain, LOWEST_OPSET)))
+    simplified = fold_constants(at_least(plain, LOWEST_OPSET))
+    _refuse_endless(simplified)  # once more: a number of trips may have been computed
+    model: ir.Model = ir.from_proto(simplified)
     if outside:
         attach(model, outside, [tensor.name for tensor in proto.graph.initializer])
     _forget_invented_sizes(model.graph, proto)
@@ -84,28 +84,6 @@ def prepare(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = N
     _require_opset(model)
     _strip(model)
     return model
-
-
-def _simplify(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Constant folding, shape inference and dead code by onnxsim; BatchNorm is left for us to fold in float64."""
-    import onnxsim
-    from onnx import shape_inference
-
-    try:
-        if not all(o.type.tensor_type.HasField("shape") for o in proto.graph.output):
-            # onnxsim refuses outputs without a shape, which ONNX Runtime runs.
-            proto = shape_inference.infer_shapes(proto)
-        try:
-            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=list(FUSIONS))
-        except RuntimeError:
-            # Taking an If apart, it may put nodes ahead of what they read; then the If stays.
-            skipped = [*FUSIONS, "eliminate_if_with_const_cond"]
-            simplified, ok = onnxsim.simplify(proto, skip_fuse_bn=True, skipped_optimizers=skipped)
-    except Exception as exc:
-        raise UnsupportedModelError(f"onnxsim could not simplify the model: {exc}") from exc
-    if not ok:
-        raise UnsupportedModelError("onnxsim changed what the model computes; please report the model")
-    return simplified
 
 
 def _forget_invented_sizes(graph: ir.Graph, proto: onnx.ModelProto) -> None:
