@@ -78,7 +78,7 @@ def command(
     from efrapq.verification import Requirements, verify
 
     if report is not None:
-        check_output(report, _beside(model, options))
+        check_output(report, _read_files(model, options["float_model"], options["data"]))
     result = verify(
         model,
         preprocess=preprocess_from(mean, std, size),
@@ -87,6 +87,8 @@ def command(
         **options,
     )
     if report is not None:
+        # The float model that the evidence named, too.
+        check_output(report, _read_files(model, (result.document["float_model"] or {}).get("path"), None))
         write_atomic(report, result.page(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC").encode())
     if as_json:
         click.echo(dumps(result.document), nl=False)
@@ -97,10 +99,10 @@ def command(
     return 0 if result.passed else 1
 
 
-def _beside(model: Path, options: dict[str, Any]) -> list[Path]:
-    """What a report must not replace."""
-    read = [options["float_model"], Path(str(options["data"]).partition(".npz:")[0]) if options["data"] else None]
-    return [model, model.with_suffix(".json"), *(path for path in read if path is not None)]
+def _read_files(model: Path, float_model: str | Path | None, data: str | None) -> list[Path]:
+    """What a report must not replace. data: a file, or one and a colon and a split."""
+    named = [float_model, data, data.rsplit(":", 1)[0] if data else None]
+    return [model, model.with_suffix(".json"), *(Path(name) for name in named if name)]
 
 
 def print_verification(document: dict[str, Any], console: Console) -> None:

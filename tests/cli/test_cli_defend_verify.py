@@ -165,10 +165,13 @@ def test_verify_makes_a_page_without_any_data(run, defended: Path, tmp_path: Pat
     assert "Accuracy and attack success were not measured" in report.read_text("utf-8")
 
 
-def test_a_page_goes_nowhere_else(run, defended: Path, tmp_path: Path) -> None:
-    for place in (defended, defended.with_suffix(".json"), defended.parent / "model.safetensors"):
+def test_a_page_replaces_nothing_that_was_read(run, defended: Path, tmp_path: Path) -> None:
+    """The float model is found through the evidence."""
+    test = tmp_path / "test.npz"
+    test.write_bytes(weights.SAMPLES.read_bytes())
+    for place in (defended, defended.with_suffix(".json"), defended.parent / "model.safetensors", test):
         before = place.read_bytes()
-        ran = run("verify", defended, "--float", defended.parent / "model.safetensors", "--report", place)
+        ran = run("verify", defended, "--data", f"{test}:test", "-q", "--report", place)
         assert ran.code == 2
         assert "this is the input file" in ran.err
         assert place.read_bytes() == before
