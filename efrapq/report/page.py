@@ -70,7 +70,7 @@ def _page(
         "clean": f"{document['samples']['clean']:,}",
         "images": _images(example),
         "cda": _bars(document["cda"], None),
-        "outputs": output_lines(dict(document)),
+        "beside": _beside(document),
         "codes": f"The codes of {codes['layers']} layers, read back from the file, {codes_words(codes)}.{flipped}",
         "layers": layers,
         "has_losses": has_losses,
@@ -163,6 +163,13 @@ def _bars(values: Mapping[str, float | None], limit: float | None) -> list[dict[
             style = "awake" if alarming else "ours" if key == "defended" else ""
             rows.append({"label": label, "width": f"{value:.2f}", "words": percent(value), "style": style})
     return rows
+
+
+def _beside(document: Mapping[str, Any]) -> list[str]:
+    """How near the file is to the float model."""
+    same = document["agreement"]
+    lines = [] if same is None else [f"{percent(same)} of top-1 answers are the float model's"]
+    return lines + output_lines(dict(document))
 
 
 def _images(example: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None) -> list[dict[str, str]]:
