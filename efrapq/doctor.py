@@ -38,6 +38,7 @@ FLOORS: Mapping[str, tuple[str, str]] = {
     "rich": ("13", ""),
     "safetensors": ("0.5", ""),
     "pillow": ("11", ""),
+    "jinja2": ("3.1", ""),
 }
 ORT_FLOOR = "1.23"
 # What compiles the solver's column loop, where it is there.
