@@ -118,7 +118,8 @@ def entries() -> list[Entry]:
         Entry("none", data="gtsrb", start="", options={"epochs": 8}),
         Entry("qu-anti", data="gtsrb", start="clean", options=joint),
     ]
-    for arch, width, epochs in (("resnet18-cifar", 16, 8), ("vgg16-bn-cifar", 0.25, 10), ("mobilenetv2-cifar", 0.5, 5)):
+    small = (("resnet18-cifar", 16, 8), ("vgg16-bn-cifar", 0.25, 10), ("mobilenetv2-cifar", 0.25, 5))
+    for arch, width, epochs in small:
         found += [
             Entry("none", arch=arch, width=width, start="", options={"epochs": epochs}),
             Entry("pqbackdoor", arch=arch, width=width, start="clean", options=unlearn),
