@@ -13,7 +13,14 @@ from rich.markup import escape
 from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
-from efrapq.report.costs import codes_words, conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.report.costs import (
+    codes_words,
+    conversions_words,
+    macs_words,
+    memory_words,
+    saturation_words,
+    unfused_lines,
+)
 from efrapq.report.outputs import output_lines
 from efrapq.report.words import percent, size
 
@@ -100,9 +107,11 @@ def command(
 
 
 def _read_files(model: Path, float_model: str | Path | None, data: str | None) -> list[Path]:
-    """What a report must not replace. data: a file, or one and a colon and a split."""
-    named = [float_model, data, data.rsplit(":", 1)[0] if data else None]
-    return [model, model.with_suffix(".json"), *(Path(name) for name in named if name)]
+    """What a report must not replace."""
+    from efrapq.data import files_behind
+
+    found = [model, model.with_suffix(".json"), *(files_behind(data) if data else [])]
+    return [*found, Path(float_model)] if float_model else found
 
 
 def print_verification(document: dict[str, Any], console: Console) -> None:
@@ -135,13 +144,7 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
         console.print(f"           {document['slower']}", markup=False)
     console.print(f"memory     {memory_words(document)}", markup=False)
     if document["saturation"]:
-        worst = document["saturation"][0]
-        console.print(
-            f"saturation {len(document['saturation'])} layers can saturate on x86 CPUs without VNNI, worst "
-            f"{printable(worst['layer'])}: a pair of products reaches {worst['worst']:,}, past 32,767; "
-            "--target ort-avx2 cannot",
-            markup=False,
-        )
+        console.print(f"saturation {saturation_words(document)}; --target ort-avx2 cannot", markup=False)
     if document["agreement"] is not None:
         console.print(
             f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False

@@ -42,6 +42,7 @@ __all__ = [
     "Preprocess",
     "PreprocessOverride",
     "decode_image",
+    "files_behind",
     "layout_of",
     "load_dataset",
 ]
@@ -68,6 +69,12 @@ MAX_ARRAY_BYTES = 4 << 30
 MAX_ARRAY_RATIO = 64
 FREE_ARRAY_BYTES = 256 << 20
 _ADVICE = "save plain arrays with numpy.savez(images=…, labels=…)"
+
+
+def files_behind(data: str | Path) -> list[Path]:
+    """The files that a data argument may name, `file` or `file:split`: an output must replace none of them."""
+    text = str(data)
+    return [Path(text), Path(text.rsplit(":", 1)[0])]
 
 
 def layout_of(dims: Sequence[object]) -> Layout:

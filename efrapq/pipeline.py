@@ -20,7 +20,7 @@ from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.cpu import describe_cpu
-from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, load_dataset
+from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, files_behind, load_dataset
 from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, load
@@ -317,8 +317,7 @@ def _files(calib: Calibration | None) -> list[Path]:
     """The file behind a calibration argument, if it is one: an output must not replace it."""
     if calib is None or isinstance(calib, Dataset | Mapping):
         return []
-    text = str(calib)
-    return [Path(text), Path(text.rsplit(":", 1)[0])]
+    return files_behind(calib)
 
 
 def _describe(source: FloatModel) -> str:

@@ -170,8 +170,7 @@ class _Writer:
         four = layer.name in self.int4
         shift = SIGNED if layer.name in self.unsigned else 0
         element = ml_dtypes.int4 if four else np.uint8 if shift else np.int8
-        kind = ir.DataType.INT4 if four else ir.DataType.UINT8 if shift else ir.DataType.INT8
-        codes = self._constant(f"{old.name}.codes", _stored(weight, shift, element, kind))
+        codes = self._constant(f"{old.name}.codes", _stored(weight, shift, element))
         if four and self.profile.int4_through_cast and not weight.block:
             codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8
@@ -303,10 +302,8 @@ class _Writer:
         return self.limits[level]
 
 
-def _stored(
-    weight: QuantizedWeight, shift: int, element: Any, kind: ir.DataType
-) -> NDArray[np.generic] | ir.LazyTensor:
-    """The codes as the file holds them, `shift` above what they are, in an element type (NumPy's and ONNX's name)."""
+def _stored(weight: QuantizedWeight, shift: int, element: Any) -> NDArray[np.generic] | ir.LazyTensor:
+    """The codes as the file holds them: `shift` above what they are, of NumPy's type `element`."""
 
     def converted(codes: NDArray[np.int8]) -> NDArray[np.generic]:
         shifted = codes.astype(np.int16) + shift if shift else codes
@@ -314,7 +311,7 @@ def _stored(
 
     if isinstance(weight.stored, np.ndarray):
         return converted(weight.stored)
-    return const.changed(weight.stored, converted, weight.shape, kind)
+    return const.changed(weight.stored, converted, weight.shape, ir.DataType.from_numpy(np.dtype(element)))
 
 
 def _bias_codes(bias: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int32]:

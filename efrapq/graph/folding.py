@@ -11,11 +11,11 @@ import math
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph import simplify_child
+from efrapq.graph.dialect import all_graphs
 from efrapq.graph.simplify_child import FAILED, TOO_LARGE, run_onnxsim
 from efrapq.io import printable
 
@@ -53,7 +53,7 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _is_bounded(proto: onnx.ModelProto) -> bool:
     """Whether the sizes of all that will be folded are known; LimitError if one is too large."""
     graph = proto.graph
-    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+    if len(list(all_graphs(graph))) > 1:
         return False
     fed = {value.name for value in graph.input}
     known = {tensor.name for tensor in graph.initializer} - fed
@@ -113,12 +113,11 @@ def _sizes(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def _apart(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
-    """onnxsim in a process of its own."""
+    """onnxsim in a process of its own. Raises LimitError past its limits, RuntimeError where it fails otherwise."""
     import onnx
 
     data = proto.SerializeToString()
-    program = str(Path(simplify_child.__file__))
-    command = [sys.executable, "-P", program, str(MEMORY + 8 * len(data)), str(SECONDS)]
+    command = [sys.executable, "-P", simplify_child.__file__, str(MEMORY + 8 * len(data)), str(SECONDS)]
     try:
         done = subprocess.run(command, input=data, capture_output=True, check=False, timeout=4 * SECONDS)
     except subprocess.TimeoutExpired:
@@ -127,7 +126,7 @@ def _apart(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
         return onnx.ModelProto.FromString(done.stdout[1:]), bool(done.stdout[0])
     reason = printable(done.stderr.decode("utf-8", "replace").strip(), 400)
     if done.returncode == FAILED:
-        raise UnsupportedModelError(f"onnxsim could not simplify the model: {reason}")
+        raise RuntimeError(reason)
     if done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)):
         raise LimitError(_too_long())
     if done.returncode == TOO_LARGE:
@@ -135,7 +134,7 @@ def _apart(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
             f"what is constant in the model takes more than {MEMORY >> 30} GiB to compute; export it with constants "
             "folded"
         )
-    raise UnsupportedModelError(f"onnxsim ended on the model (exit code {done.returncode}): {reason}")
+    raise RuntimeError(f"it ended with exit code {done.returncode}: {reason}")
 
 
 def _too_long() -> str:

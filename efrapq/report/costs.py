@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from efrapq.io.text import printable
 from efrapq.report.words import size
 
-__all__ = ["codes_words", "conversions_words", "macs_words", "memory_words", "outputs_words", "unfused_lines"]
+__all__ = [
+    "codes_words",
+    "conversions_words",
+    "macs_words",
+    "memory_words",
+    "outputs_words",
+    "saturation_words",
+    "unfused_lines",
+]
 
 
 def codes_words(codes: dict[str, Any]) -> str:
@@ -54,6 +63,15 @@ def memory_words(document: dict[str, Any]) -> str:
     held = ", ".join(f"{name} {size(count)}" for name, count in document["weight_bytes"].items() if count)
     peak = document["activation_peak_bytes"]
     return f"{held or 'no constants'}; activations at most {'unknown' if peak is None else size(peak)} a sample"
+
+
+def saturation_words(document: Mapping[str, Any]) -> str:
+    """How many layers can, and the worst of them; of a document that has some."""
+    found = document["saturation"]
+    return (
+        f"{len(found)} layers can saturate on x86 CPUs without VNNI, worst {printable(found[0]['layer'])}: "
+        f"a pair of products reaches {found[0]['worst']:,}, past 32,767"
+    )
 
 
 def outputs_words(outputs: dict[str, dict[str, float | None]]) -> str:

@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.io.text import printable
-from efrapq.report.costs import codes_words, conversions_words, macs_words, memory_words, unfused_lines
+from efrapq.report.costs import (
+    codes_words,
+    conversions_words,
+    macs_words,
+    memory_words,
+    saturation_words,
+    unfused_lines,
+)
 from efrapq.report.outputs import output_lines
 from efrapq.report.words import percent, size
 
@@ -236,14 +243,7 @@ def _costs(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("file", f"{size(model['bytes'])}, float {size(model['float_bytes'])}"))
     rows.append(("constants", memory_words(dict(document))))
     if document["saturation"]:
-        worst = document["saturation"][0]
-        rows.append(
-            (
-                "saturation",
-                f"{len(document['saturation'])} layers can saturate on x86 CPUs without VNNI, worst "
-                f"{printable(worst['layer'])}: a pair of products reaches {worst['worst']:,}, past 32,767",
-            )
-        )
+        rows.append(("saturation", saturation_words(document)))
     return rows
 
 

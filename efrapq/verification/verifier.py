@@ -154,9 +154,9 @@ class _Verifier:
         self.notes: list[str] = []
         self.source: FloatModel | None = None
         self.quantized: QuantizedModel | None = None
-        self.document = self._read_evidence()
+        self.recorded = self._read_evidence()
         # The parts that are read here, of the kind that they must be.
-        self.evidence = {key: value for key, value in self.document.items() if isinstance(value, dict)}
+        self.evidence = {key: value for key, value in self.recorded.items() if isinstance(value, dict)}
         try:
             self.quantized = read_quantized(proto, found.outside)
         except UnsupportedModelError as exc:
@@ -315,7 +315,7 @@ class _Verifier:
                 "any quantization, and no rounding removes it"
             )
         document["notes"] = list(self.notes)
-        return Verification(document, tuple(self.notes), self.document, tests.example())
+        return Verification(document, tuple(self.notes), self.recorded, tests.example())
 
     def _defended(self, threads: int) -> Session:
         """The session of the file itself. Its bytes are not needed after it."""
