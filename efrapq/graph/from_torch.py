@@ -30,6 +30,7 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
     UnsupportedModelError if torch.export cannot trace the network.
     """
     import torch
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
     modes = [(part, part.training) for part in module.modules()]
@@ -53,6 +54,8 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
             optimizer.inline(program.model)
             optimizer.fold_constants(program.model)
             optimizer.remove_unused_nodes(program.model)
+            # Stack traces: the folders of this installation, in every node.
+            ClearMetadataAndDocStringPass()(program.model)
             proto: onnx.ModelProto = program.model_proto
     except Exception as exc:
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]

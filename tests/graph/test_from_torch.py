@@ -38,6 +38,12 @@ def test_each_part_keeps_its_mode(works: bool) -> None:
     assert set(before.values()) == {True, False}
 
 
+def test_the_graph_says_nothing_of_this_installation() -> None:
+    """torch's exporter writes a stack trace into every node, with the folders of who ran it."""
+    exported = export_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (3, 8, 8))
+    assert b".py" not in exported.SerializeToString()
+
+
 def test_the_sample_goes_where_the_network_is() -> None:
     assert _device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
     assert _device_of(nn.BatchNorm2d(2, affine=False, device="meta")) == torch.device("meta")
