@@ -109,9 +109,7 @@ VARIANTS = {
     "W8A8, act-range output": replace(W8, act_range="output"),
     "W8A8, --equalize, act-range output": replace(W8, equalize="spans", act_range="output"),
     "W8A8, --equalize, act-range output, 200 images": replace(W8, equalize="spans", act_range="output", images=200),
-    "W8A8, --equalize, act-range output, lambda_E = 0": replace(
-        W8, equalize="spans", act_range="output", solver="fit"
-    ),
+    "W8A8, --equalize, act-range output, lambda_E = 0": replace(W8, equalize="spans", act_range="output", solver="fit"),
     "W8A8, --equalize, act-range mse, lambda_E = 0": replace(W8, equalize="spans", act_range="mse", solver="fit"),
     "W8A8, --equalize, act-range mse, 200 images": replace(W8, equalize="spans", act_range="mse", images=200),
     "W8A8, --equalize, act-range mse, bias correction": replace(W8, equalize="spans", act_range="mse", correct=True),
