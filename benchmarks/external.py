@@ -3,8 +3,8 @@
     python benchmarks/external.py [--layers 36] [--inputs 256] [--outputs 65536] [--solver nearest] [--inside]
 
 Makes a chain of Gemm and Relu with seeded weights and 64 samples of calibration and test data in a temporary folder,
-and runs `efrapq inspect`, `defend` and `verify` in processes of their own, and beside them ONNX Runtime alone on the
-float model and on the file made of it: `verify` holds sessions of both at once, and of a third, the nearest twin. A
+and runs `efrapq inspect`, `defend`, `export` and `verify` in processes of their own, and beside them ONNX Runtime alone
+on the float model and on the file made of it: `verify` holds sessions of both at once, and of a third, the nearest twin. A
 layer makes many outputs, of which the next takes the first: solving a layer costs time by the square of its inputs,
 and this is about memory. --inside: the weights are in the .onnx file itself, which holds less than 2 GiB. The files
 go when it ends. Writes results/external.json, with --inside results/inside.json.
@@ -125,6 +125,7 @@ def main() -> None:
         commands = [
             ["inspect", str(model), "--json"],
             ["defend", str(model), "-o", str(output), "--calib", str(data), *settings, "--json"],
+            ["export", str(output), "--target", "openvino", "-o", str(folder / "exported.onnx"), "--json"],
             ["verify", str(output), "--data", str(data), "--json"],
         ]
         rows = [measured(command[0], START, command, folder) for command in commands]
