@@ -4,8 +4,8 @@
 
 Makes a chain of Gemm and Relu with seeded weights and 64 samples of calibration and test data in a temporary folder,
 and runs `efrapq inspect`, `defend`, `export` and `verify` in processes of their own, and beside them ONNX Runtime alone
-on the float model and on the file made of it: `verify` holds sessions of both at once, and of a third, the nearest twin. A
-layer makes many outputs, of which the next takes the first: solving a layer costs time by the square of its inputs,
+on the float model and on the file made of it: `verify` holds sessions of both at once, and of the nearest twin.
+A layer makes many outputs, of which the next takes the first: solving a layer costs time by the square of its inputs,
 and this is about memory. --inside: the weights are in the .onnx file itself, which holds less than 2 GiB. The files
 go when it ends. Writes results/external.json, with --inside results/inside.json.
 """
