@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -164,22 +165,23 @@ def test_without_need_no_folder_is_made(temporary: Path) -> None:
         assert list(temporary.iterdir()) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file of more than 1000 bytes."""
+    """No file of more than 1000 bytes: for as short as can be, as what the tests print may go to one."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_named(temporary: Path) -> None:
     with Spool(0) as spool:
         spool.start("a")
         spool.append("a", filled((100,), torch.float32))
-        with pytest.raises(OutputError, match=f"{temporary.name}.*--memory"):
+        with small_disk(), pytest.raises(OutputError, match=f"{temporary.name}.*--memory"):
             spool.append("a", filled((1000,), torch.float32))
         assert spool.filed == 400
     assert list(temporary.iterdir()) == []
