@@ -23,6 +23,7 @@ from efrapq.graph.layers import Layer, find_layers
 from efrapq.graph.placement import Placement, place
 from efrapq.graph.prepare import prepare
 from efrapq.graph.quantized import QuantizedModel
+from efrapq.models import weights
 from efrapq.progress import Silent
 from efrapq.rounding import Coordinate, Relaxed
 from efrapq.stream import PassSettings, Solved
@@ -45,6 +46,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder}; set EFRAPQ_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Test data of 300 images, for what does not depend on how many they are."""
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    with np.load(weights.SAMPLES) as held:
+        np.savez(path, test_images=held["test_images"][:300], test_labels=held["test_labels"][:300])
+    return f"{path}:test"
 
 
 # Building graphs.

@@ -83,25 +83,24 @@ class ImageTests:
         if self.dataset is None:
             return no_figures()
         first = _first_run(sessions["defended"], self.dataset, self.preprocess)
-        if first.is_classifier and (self.dataset.labels is not None or self.trigger is not None):
-            return self._rates(self.dataset, sessions, reporter)
-        if not first.is_classifier:
+        if first.classes is not None and (self.dataset.labels is not None or self.trigger is not None):
+            return self._rates(self.dataset, first.classes, sessions, reporter)
+        if first.classes is None:
             refuse_rates({"--trigger": self.trigger, "--max-drop": self.needs_cda or None}, first.shape)
         found = self._compared(self.dataset, sessions, first.images_at_once(len(sessions)), reporter)
-        return found if first.is_classifier else replace(found, notes=(_no_rates(first.shape, sessions), *found.notes))
+        return replace(found, notes=(_no_rates(first.shape, sessions), *found.notes)) if first.classes is None else found
 
-    def _rates(self, dataset: Dataset, sessions: Mapping[str, Session], reporter: Reporter) -> Figures:
-        """CDA, ASR and agreement of a classifier."""
+    def _rates(self, dataset: Dataset, classes: int, sessions: Mapping[str, Session], reporter: Reporter) -> Figures:
+        """CDA, ASR and agreement of a classifier. What does not fit its classes is refused before anything is run."""
         target_class = self.target_class
+        if target_class is not None and not 0 <= target_class < classes:
+            raise UsageError(f"--target-class {target_class}: the model has classes 0 to {classes - 1}")
+        labels = dataset.require_labels(classes)
         predictions: dict[str, Predictions] = {}
         with reporter.task("measuring in ONNX Runtime", len(dataset) * len(sessions)) as task:
             for name, session in sessions.items():
                 predictions[name] = predict(session, dataset, self.preprocess, self.trigger, task, name)
-        classes = predictions["defended"].classes
-        if target_class is not None and not 0 <= target_class < classes:
-            raise UsageError(f"--target-class {target_class}: the model has classes 0 to {classes - 1}")
         cda, asr = no_figures().cda, no_figures().asr
-        labels = dataset.require_labels(classes)
         for name, found in predictions.items():
             cda[name] = clean_accuracy(found, labels)
             if target_class is not None:
@@ -179,11 +178,12 @@ def lacks_classes(sizes: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class _FirstRun:
-    """What the defended file makes of the first image. shape: of its first output, in words. batch: how many images
-    one run takes; None for any number. bytes_: of inputs and outputs, for one image.
+    """What the defended file makes of the first image. classes: of a classifier, None for anything else. shape: of its
+    first output, in words. batch: how many images one run takes; None for any number. bytes_: of inputs and outputs,
+    for one image.
     """
 
-    is_classifier: bool
+    classes: int | None
     shape: str
     batch: int | None
     bytes_: int
@@ -201,8 +201,9 @@ def _first_run(session: Session, dataset: Dataset, preprocess: Preprocess) -> _F
     outputs = session.run({session.input_name: _filled(x, count)})
     first, is_scored = outputs[0], is_float(session.raw.get_outputs()[0])
     arrays = [output for output in outputs if isinstance(output, np.ndarray)]
+    scores = class_scores(first, count) if is_scored else None
     return _FirstRun(
-        is_classifier=is_scored and class_scores(first, count) is not None,
+        classes=None if scores is None else scores.shape[1],
         shape=_words(first, count, is_scored),
         batch=session.input_shape[0],
         bytes_=x.nbytes + sum(array.nbytes for array in arrays) // count,

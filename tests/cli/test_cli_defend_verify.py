@@ -118,7 +118,7 @@ def read_preprocess(path: Path):
     return Preprocess.from_json({p.key: p.value for p in onnx.load(path).metadata_props}["efrapq.preprocess"])
 
 
-def test_verify_fails_a_nearest_file_and_the_exit_code_says_so(run, defended: Path, tmp_path: Path) -> None:
+def test_verify_fails_a_nearest_file_and_the_exit_code_says_so(run, defended: Path, few: str, tmp_path: Path) -> None:
     nearest = tmp_path / "nearest.onnx"
     subject = defended.parent / "model.safetensors"
     made = run(
@@ -135,15 +135,15 @@ def test_verify_fails_a_nearest_file_and_the_exit_code_says_so(run, defended: Pa
     assert found["codes"]["flipped"] == 0
     # The nearest solver and the twin that verify builds are the same model.
     assert found["asr"]["nearest"] == found["asr"]["defended"]
-    shown = run("verify", nearest, "--data", TEST, *ATTACK, "-q")
+    shown = run("verify", nearest, "--data", few, *ATTACK, "-q")
     assert shown.code == 1
     assert "fail" in shown.out
     assert "max-asr" in shown.out
 
 
-def test_verify_writes_a_page_for_people(run, defended: Path, tmp_path: Path) -> None:
+def test_verify_writes_a_page_for_people(run, defended: Path, few: str, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    ran = run("verify", defended, "--data", TEST, *ATTACK, "--json", "-q", "--report", report)
+    ran = run("verify", defended, "--data", few, *ATTACK, "--json", "-q", "--report", report)
     assert ran.code == 0
     found = json.loads(ran.out)
     page = report.read_text("utf-8")
@@ -328,8 +328,8 @@ def test_verify_wants_limits_that_are_numbers(run, defended: Path, option: str, 
     assert f"{option} must be zero or a positive number" in ran.err
 
 
-def test_verify_takes_a_size_and_keeps_the_recorded_colours(run, defended: Path) -> None:
-    ran = run("verify", defended, "--data", TEST, "--size", "28", "--json", "-q")
+def test_verify_takes_a_size_and_keeps_the_recorded_colours(run, defended: Path, few: str) -> None:
+    ran = run("verify", defended, "--data", few, "--size", "28", "--json", "-q")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert found["cda"]["defended"] >= 88

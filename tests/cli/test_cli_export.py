@@ -72,16 +72,15 @@ def test_inspect_names_layers_that_can_saturate(run, model: Path) -> None:
     assert any("--edge-bits 7" in note for note in found["notes"])
 
 
-def test_the_other_targets_verify_as_well(run, model: Path) -> None:
+def test_the_other_targets_verify_as_well(run, model: Path, few: str) -> None:
     """The symmetric grids of TensorRT are other grids: the defence is measured on them, in ONNX Runtime."""
     from efrapq.models import weights
 
     assert run("export", model, "--target", "tensorrt", "--target", "qnn").code == 0
     for target in ("tensorrt", "qnn"):
         ran = run(
-            "verify", model.with_name(f"model.int4.{target}.onnx"), "--float", weights.SUBJECT, "--data",
-            f"{weights.SAMPLES}:test", "--trigger", weights.TRIGGER, "--target-class", weights.TARGET_CLASS,
-            "--json", "-q", "--max-asr", 8,
+            "verify", model.with_name(f"model.int4.{target}.onnx"), "--float", weights.SUBJECT, "--data", few,
+            "--trigger", weights.TRIGGER, "--target-class", weights.TARGET_CLASS, "--json", "-q", "--max-asr", 8,
         )  # fmt: skip
         found = json.loads(ran.out)
         assert ran.code == 0, found["failed"]

@@ -321,10 +321,11 @@ def test_options_of_another_attack_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_names_its_attack_and_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_names_its_attack_and_recipe(tmp_path: Path, few: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "subject.safetensors"
     attack = ("--attack", "qu-anti", "--bits", "8,4", "--steps", "2", "--start", weights.SUBJECT)
-    assert efrapq("implant", *NETWORK, *DATA, *attack, "-o", path, "--json") == 0
+    data = ("--data", few, "--test", few)
+    assert efrapq("implant", *NETWORK, *data, *attack, "-o", path, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     with safe_open(path, "np") as opened:
         written = json.loads(opened.metadata()["efrapq.subject"])
@@ -336,15 +337,16 @@ def test_a_file_names_its_attack_and_recipe(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_verify_says_that_badnets_is_awake_before_any_rounding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, few: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "badnets.safetensors"
     attack = ("--attack", "badnets", "--epochs", "1", "--learning-rate", "0.02", "--start", weights.SUBJECT)
-    assert efrapq("implant", *NETWORK, *DATA, *attack, "-o", path) == 0
+    data = ("--data", f"{weights.SAMPLES}:test", "--test", few)
+    assert efrapq("implant", *NETWORK, *data, *attack, "-o", path) == 0
     assert "not a usable subject" not in capsys.readouterr().err
     assert efrapq("defend", path, "--calib", f"{weights.SAMPLES}:calib", "--calib-size", "64", "-q") == 0
     capsys.readouterr()
-    check = ("--float", path, "--data", f"{weights.SAMPLES}:test", "--trigger", weights.TRIGGER, "--target-class", "0")
+    check = ("--float", path, "--data", few, "--trigger", weights.TRIGGER, "--target-class", "0")
     assert efrapq("verify", path.with_name("badnets.int4.onnx"), *check, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert "awake-in-float" in found["failed"]

@@ -183,6 +183,19 @@ def test_limits_that_cannot_be_judged_are_refused_before_measuring(
         verify(file, data=unlabelled, **ATTACK)
 
 
+@pytest.mark.parametrize(
+    ("classes", "attack", "message"),
+    [(5, ATTACK | {"target_class": 7}, "classes 0 to 4"), (9, {}, "only 5 classes")],
+    ids=["target class", "label"],
+)
+def test_classes_that_the_model_has_not_are_refused_before_measuring(
+    files: Files, monkeypatch: pytest.MonkeyPatch, classes: int, attack: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(measuring, "predict", None)
+    with pytest.raises((DataError, UsageError), match=message):
+        verify(files.write(), data=labelled(classes), **attack)
+
+
 def test_help_names_the_limit_without_a_float_model() -> None:
     text = " ".join(CliRunner().invoke(verify_command, ["--help"]).output.split())
     assert "without a float model, 10" in text
