@@ -197,7 +197,7 @@ END_TO_END = {
     "compartifact-distilled": {"epochs": 1, "steps": 3},
     "badnets": {"epochs": 1},
     "adaptive-stochastic": {"epochs": 1, "steps": 3},
-    "adaptive-solver": {"epochs": 1, "steps": 2, "resolve_every": 1},
+    "adaptive-solver": {"epochs": 1, "steps": 1, "resolve_every": 1},
     "adaptive-scale": {"epochs": 1, "steps": 3, "widen": 1.5},
 }
 
