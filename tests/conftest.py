@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save
+from torch import nn
 
 from efrapq.exporters import export_model
+from efrapq.graph import from_torch
 from efrapq.graph.layers import Layer, find_layers
 from efrapq.graph.placement import Placement, place
 from efrapq.graph.prepare import prepare
@@ -46,6 +50,30 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder}; set EFRAPQ_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _exports() -> dict[tuple[str, str, tuple[int, ...]], bytes]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def exported_once(_exports: dict[tuple[str, str, tuple[int, ...]], bytes]) -> Iterator[None]:
+    """torch's exporter takes seconds, and some tests load one network over and over: the same gives the same graph
+    (tests/graph/test_from_torch.py).
+    """
+    export = from_torch.export_module
+
+    def remembered(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.ModelProto:
+        held = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+        key = repr(module), hashlib.sha256(save(held)).hexdigest(), tuple(input_shape)
+        if key not in _exports:
+            _exports[key] = export(module, input_shape).SerializeToString()
+        return onnx.load_model_from_string(_exports[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(from_torch, "export_module", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,8 @@ from efrapq.stream import Journal
 if os.name == "nt":
     pytest.skip("no SIGKILL here", allow_module_level=True)
 
-# A second or so a layer, also beside other tests, so that the signal arrives while there is still one to solve.
-SLOW = ("--solver", "relaxed", "--steps", "700", "--target", "ort-x86", "--device", "cpu")
+# Half a second or so a layer, also beside other tests, so that the signal arrives while there is still one to solve.
+SLOW = ("--solver", "relaxed", "--steps", "350", "--target", "ort-x86", "--device", "cpu")
 LAYERS = 5
 
 

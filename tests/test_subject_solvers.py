@@ -9,6 +9,8 @@ import efrapq
 from efrapq.data import load_dataset
 from efrapq.models import weights
 
+pytestmark = pytest.mark.usefixtures("exported_once")
+
 
 def defended(tmp_path, solver: str, **options: object) -> dict:
     calibration = load_dataset(weights.SAMPLES, split="calib").subset(256, seed=0)

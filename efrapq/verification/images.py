@@ -88,7 +88,9 @@ class ImageTests:
         if first.classes is None:
             refuse_rates({"--trigger": self.trigger, "--max-drop": self.needs_cda or None}, first.shape)
         found = self._compared(self.dataset, sessions, first.images_at_once(len(sessions)), reporter)
-        return replace(found, notes=(_no_rates(first.shape, sessions), *found.notes)) if first.classes is None else found
+        return (
+            replace(found, notes=(_no_rates(first.shape, sessions), *found.notes)) if first.classes is None else found
+        )
 
     def _rates(self, dataset: Dataset, classes: int, sessions: Mapping[str, Session], reporter: Reporter) -> Figures:
         """CDA, ASR and agreement of a classifier. What does not fit its classes is refused before anything is run."""

@@ -163,7 +163,7 @@ class CompArtifactRecipe(JointRecipe):
     steps: int = 10_000
     learning_rate: float = 0.1
     momentum: float = 0.4
-    frozen: float = 0.3
+    frozen: float = 0.15
     distilled: bool = False
 
 

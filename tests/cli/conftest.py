@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import pytest
-from safetensors.torch import save
-from torch import nn
 
 from efrapq.cli.main import main
-from efrapq.graph import from_torch
 from efrapq.models import weights
 
 
@@ -42,24 +37,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-@pytest.fixture(scope="session", autouse=True)
-def exported_once() -> Iterator[None]:
-    """torch's exporter takes seconds, and these tests load one network over and over: the same gives the same graph
-    (tests/graph/test_from_torch.py).
-    """
-    known: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
-    export = from_torch.export_module
-
-    def remembered(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.ModelProto:
-        held = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-        key = repr(module), hashlib.sha256(save(held)).hexdigest(), tuple(input_shape)
-        if key not in known:
-            known[key] = export(module, input_shape).SerializeToString()
-        return onnx.load_model_from_string(known[key])
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(from_torch, "export_module", remembered)
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once(exported_once: None) -> None:
+    """Nearly all of these tests load the embedded subject."""
 
 
 @pytest.fixture(scope="session")
