@@ -55,7 +55,7 @@ def floats(compiled: Compiled) -> int:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], bytes]:
+def files(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> dict[tuple[str, str], bytes]:
     """(solver, target) → the embedded subject at W4A8; rounded to nearest its backdoor is awake, and there to lose."""
     folder = tmp_path_factory.mktemp("openvino")
     calibration = load_dataset(weights.SAMPLES, split="calib")
