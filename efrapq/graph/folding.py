@@ -127,12 +127,17 @@ def _apart(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
     reason = printable(done.stderr.decode("utf-8", "replace").strip(), 400)
     if done.returncode == FAILED:
         raise RuntimeError(reason)
-    if done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)):
+    if done.returncode == -getattr(signal, "SIGXCPU", 0):
         raise LimitError(_too_long())
     if done.returncode == TOO_LARGE:
         raise LimitError(
             f"what is constant in the model takes more than {MEMORY >> 30} GiB to compute; export it with constants "
             "folded"
+        )
+    if done.returncode == -getattr(signal, "SIGKILL", 0):
+        raise LimitError(
+            "computing what is constant in the model was killed, as systems do that run out of memory; free some, or "
+            "export it with constants folded"
         )
     raise RuntimeError(f"it ended with exit code {done.returncode}: {reason}")
 

@@ -47,7 +47,8 @@ def main() -> int:
         pass  # Windows: the parent's clock is what is left
     else:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        # The signal at the first limit is one of its own, and not that of a system without memory.
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     # onnxsim imports it where it is there, which takes seconds, and does without.
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:

@@ -147,6 +147,13 @@ def test_a_loop_that_takes_too_long_ends_beside_this_process(monkeypatch: pytest
     assert time.monotonic() - started < 30
 
 
+def test_a_process_that_the_system_killed_is_not_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -9, b"", b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(LimitError, match="was killed, as systems do that run out of memory"):
+        prepare(network(*HIDDEN, *loop("s"), **POWER, go=np.array(True), one=ONE))
+
+
 def test_trips_that_were_computed_are_counted() -> None:
     nodes = [*HIDDEN, helper.make_node("Reshape", ["r", "shape"], ["one"], name="reshape"), *loop("s")]
     with pytest.raises(LimitError, match=r"node loop \(Loop\) makes 1,099,511,627,776 trips"):
