@@ -37,8 +37,8 @@ def command(model: Path, targets: tuple[str, ...], output: Path | None, as_json:
     targets = tuple(dict.fromkeys(targets))
     if output is not None and len(targets) > 1:
         raise click.UsageError("-o names one file; with several targets leave it out: they go beside the model")
-    from efrapq.pipeline import export_all, exported_name
     from efrapq.report.evidence import dumps
+    from efrapq.retarget import export_all, exported_name
 
     made = export_all(model, {target: output or exported_name(model, target) for target in targets})
     if as_json:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efrapq.loading import load
-    from efrapq.pipeline import defend, export
+    from efrapq.pipeline import defend
+    from efrapq.retarget import export
     from efrapq.verification import verify
 
 __all__ = ["defend", "export", "load", "verify"]
 
 _HOME = {
     "defend": "efrapq.pipeline",
-    "export": "efrapq.pipeline",
+    "export": "efrapq.retarget",
     "load": "efrapq.loading",
     "verify": "efrapq.verification.verifier",
 }

@@ -10,8 +10,9 @@ from efrapq.data import load_dataset
 from efrapq.errors import OutputError
 from efrapq.io import printable, write_all
 from efrapq.loading import load
-from efrapq.pipeline import defend, export
+from efrapq.pipeline import defend
 from efrapq.progress import Reporter
+from efrapq.retarget import export
 from efrapq.trigger import parse_trigger
 from efrapq.verification import Requirements, verify
 from efrapq.verification.kernels import report_kernels

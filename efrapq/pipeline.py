@@ -1,15 +1,12 @@
-"""defend() and export(): from a float model to a file in which the rounding is ours."""
+"""defend(): from a float model to a file in which the rounding is ours."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +15,28 @@ from numpy.typing import NDArray
 
 from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
-from efrapq.calibration.signature import image_layout, model_inputs, takes_images
+from efrapq.calibration.signature import image_layout, model_inputs
 from efrapq.cpu import describe_cpu
-from efrapq.data import MAX_ARRAY_BYTES, Dataset, Preprocess, PreprocessOverride, files_behind, load_dataset
-from efrapq.errors import EfrapqError, InputError, OutputError, RuntimeSetupError, UnsupportedModelError, UsageError
-from efrapq.io import check_output, load_onnx, printable, read_source, refuse_quantized, write_all
+from efrapq.data import Dataset, Preprocess, PreprocessOverride, files_behind, load_dataset
+from efrapq.errors import OutputError, UsageError
+from efrapq.io import check_output, printable, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, load
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
-from efrapq.writing import Written, data_path, write_checked
+from efrapq.solving import journal_folder, machine, solve
+from efrapq.writing import Written, beside, data_path, write_checked
 
 if TYPE_CHECKING:
-    import onnx
-    import onnx_ir as ir
-    import torch
     from torch import nn
 
-    from efrapq.calibration.feeds import Feeds
-    from efrapq.graph.layers import Layer
-    from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
-    from efrapq.stream import Journal, LayerReport, PassSettings, Solved
+    from efrapq.stream import LayerReport, PassSettings
 
 # Calibration data as defend takes it; see `efrapq.calibration`.
 Calibration = str | Path | Dataset | Mapping[str, NDArray[Any]]
 
-__all__ = ["Calibration", "Defended", "Exported", "default_output", "defend", "export", "export_all", "exported_name"]
+__all__ = ["Calibration", "Defended", "default_output", "defend"]
 
 
 @dataclass(frozen=True)
@@ -60,36 +52,9 @@ class Defended:
     evidence_path: Path | None
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What export() wrote: one file with the same codes as the one it came from. data: as in Defended. notes: what its
-    user should know.
-    """
-
-    data: bytes
-    path: Path
-    codes_sha256: str
-    target: str
-    notes: tuple[str, ...] = ()
-
-
 def default_output(model: str | Path, bits: int) -> Path:
     """model.pt → model.int4.onnx, beside it."""
-    return _beside(model, f"int{bits}")
-
-
-def exported_name(model: str | Path, target: str) -> Path:
-    """model.int4.onnx → model.int4.TARGET.onnx, beside it."""
-    from efrapq.exporters import profile
-
-    return _beside(model, profile(target).name)
-
-
-def _beside(model: str | Path, word: str) -> Path:
-    path = Path(model)
-    if not path.name or path.is_dir():
-        raise InputError(f"{printable(path)}: is a folder, not a model file")
-    return path.with_name(f"{path.stem}.{word}.onnx")
+    return beside(model, f"int{bits}")
 
 
 def defend(
@@ -203,7 +168,7 @@ def defend(
         memory=memory_limit(memory, device),
         block=block,
     )
-    quantized, solved, calibration = _solve(
+    quantized, solved, calibration = solve(
         source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
@@ -223,7 +188,7 @@ def defend(
     shape = () if isinstance(data, Arrays) else (source.input_shape[0] or 1, *calibration["input"])
     written = write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape, output)
     evidence = _evidence(source, quantized, solved.reports, recorded, calibration, written, output)
-    evidence["machine"] = _machine(device)
+    evidence["machine"] = machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),
         "pass": round(solved.seconds, 3),
@@ -233,63 +198,8 @@ def defend(
         if written.external:
             check_output(data_path(output), [*inputs, *data_files, *_files(calib)])
         write_all(written.files(output) | {evidence_path: dumps(evidence).encode()})
-        _journal_folder(output, None).discard()
+        journal_folder(output).discard()
     return Defended(written.data, evidence, quantized, output, evidence_path)
-
-
-def export(model: str | Path, output: str | Path, *, target: str) -> Exported:
-    """Write a defended file for another target. Not a code changes: the result is read back and compared."""
-    return export_all(model, {target: output})[0]
-
-
-def export_all(model: str | Path, outputs: Mapping[str, str | Path]) -> list[Exported]:
-    """One solution, written for several targets. outputs: target → file. All are checked before one is written."""
-    from efrapq.exporters import profile, read_quantized, remarks
-
-    for target in outputs:
-        profile(target)
-    source = read_source(model)
-    paths = {target: Path(output) for target, output in outputs.items()}
-    for path in paths.values():
-        check_output(path, [Path(model)])
-    found = load_onnx(source)
-    inputs = [source.path, *(source.path.parent / location for location in found.external)]
-    for path in paths.values():
-        check_output(path, inputs)
-    quantized = read_quantized(found.model, found.outside)
-    sample = _zeros(found.model, quantized.metadata, source.name)
-    written = {target: write_checked(quantized, target, sample, path) for target, path in paths.items()}
-    for target, path in paths.items():
-        if written[target].external:
-            check_output(data_path(path), inputs)
-    write_all({place: data for target, path in paths.items() for place, data in written[target].files(path).items()})
-    return [
-        Exported(written[target].data, path, quantized.digest, target, tuple(remarks(quantized, target)))
-        for target, path in paths.items()
-    ]
-
-
-def _zeros(proto: onnx.ModelProto, metadata: Mapping[str, str], name: str) -> tuple[int, ...] | dict[str, NDArray[Any]]:
-    """What a quantized file is tried on: the shape of an image, or zeros by input name; dynamic sizes as calibrated,
-    or 1.
-    """
-    from efrapq.exporters.shapes import recorded_inputs, recorded_sizes
-
-    inputs, shapes = model_inputs(proto, name), recorded_inputs(metadata)
-    if takes_images(inputs) and not shapes:
-        dims, image = inputs[0].dims or (), recorded_sizes(metadata)
-        sizes = [1, *image] if len(image) == 3 else [1, 1, 1, 1]
-        return tuple(d if isinstance(d, int) else size for d, size in zip(dims, sizes, strict=True))
-    feeds: dict[str, NDArray[Any]] = {}
-    for given in inputs:
-        recorded = shapes.get(given.name, [])
-        dims = tuple(recorded) if given.dims is None else given.dims
-        sizes = recorded if len(recorded) == len(dims) else [1] * len(dims)
-        shape = [d if isinstance(d, int) else size for d, size in zip(dims, sizes, strict=True)]
-        if math.prod(shape) * given.dtype.itemsize > MAX_ARRAY_BYTES:
-            raise UnsupportedModelError(f"{name}: takes an input {given.words()}, too large to be tried once")
-        feeds[given.name] = np.zeros(shape, given.dtype)
-    return feeds
 
 
 def _sample_shape(
@@ -350,196 +260,6 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
     if isinstance(rounding, Relaxed):
         recorded["steps"] = rounding.steps
     return recorded
-
-
-def _solve(
-    source: FloatModel,
-    data: Dataset | Arrays | None,
-    preprocess: Preprocess | None,
-    act_bits: int,
-    calib_size: int,
-    settings: PassSettings,
-    output: Path | None,
-    resume: bool,
-    reporter: Reporter,
-    *,
-    equalize: bool = False,
-) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
-    from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
-    from efrapq.graph.layers import find_layers
-    from efrapq.graph.placement import place
-    from efrapq.graph.prepare import prepare
-    from efrapq.graph.quantized import QuantizedModel
-    from efrapq.stream import streaming_pass
-
-    model = prepare(source.proto, source.outside)
-    layers, skipped = find_layers(model.graph)
-    if not layers:
-        first = f"; {skipped[0].op_type} {skipped[0].node_name} stays float: {skipped[0].reason}" if skipped else ""
-        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        raise UnsupportedModelError(
-            f"{source.name}: no Conv, ConvTranspose, Gemm or MatMul with a constant weight, nothing to quantize"
-            + printable(first + more, 1000)
-        )
-    if settings.block:
-        layers = _blocked(model.graph, layers, settings.block, reporter)
-    for node in skipped:
-        reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
-    chunks: Sequence[torch.Tensor] | Sequence[Feeds]
-    if isinstance(data, Arrays):
-        chunks, calibration = array_inputs(data)
-    else:
-        shape = input_shape(model, source.name)
-        if data is None:
-            images, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
-        else:
-            images, calibration = real_inputs(data, shape, preprocess, source.name)
-        chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
-    placement = place(model.graph, layers, act_bits, settings.edge_bits)
-    record: dict[str, str] = {}
-    if equalize:
-        with _memory_named(settings.device):
-            layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
-    journal = None
-    if output is not None:
-        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
-    try:
-        with _memory_named(settings.device):
-            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
-    except KeyboardInterrupt:
-        if journal is not None and journal.holds_layers():
-            reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
-        raise
-    except EfrapqError as exc:
-        # The same bad input would end the same run again; a full disk need not, if there is anything to go on from.
-        if journal is not None and (isinstance(exc, InputError) or not journal.holds_layers()):
-            journal.discard()
-        raise
-    if len(solved.weights) != len(layers):
-        raise UnsupportedModelError(f"{source.name}: two of its layers have the same name; please report the model")
-    if journal is not None and journal.resumed:
-        reporter.note(f"resumed: {journal.resumed} of {len(layers)} layers were solved before")
-    for node_name in solved.fallback:
-        reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
-    kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
-    quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
-    return quantized, solved, calibration
-
-
-@contextlib.contextmanager
-def _memory_named(device: str) -> Iterator[None]:
-    """Say what to do where memory runs out."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise RuntimeSetupError(
-            f"out of memory on {device}: use a smaller --memory or --calib-size"
-            + (", or --device cpu" if device != "cpu" else "")
-        ) from exc
-
-
-def _equalized(
-    model: ir.Model,
-    layers: list[Layer],
-    placement: Placement,
-    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
-    settings: PassSettings,
-    reporter: Reporter,
-) -> tuple[list[Layer], dict[str, str]]:
-    """Scale the channels of the model; its layers, and what the file is to record."""
-    import torch
-
-    from efrapq.calibration.equalization import choose_exponents
-    from efrapq.graph.equalize import EQUALIZED_KEY, exponents_to_json
-    from efrapq.graph.equalize import equalize as scale_channels
-    from efrapq.graph.layers import find_layers
-
-    if not placement.grids:
-        raise UsageError("--equalize is for activations on grids: with float ones there is nothing to gain")
-    images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
-    if len(images) != len(chunks):
-        raise UsageError("--equalize is for models that take images")
-    bits = settings.weight_bits(layers)
-    exponents = choose_exponents(model, layers, bits, placement, images, torch.device(settings.device))
-    scale_channels(model, exponents)
-    moved = sum(int(np.count_nonzero(k)) for k in exponents.values())
-    reporter.note(f"equalized: {moved:,} channels of {len(exponents)} activations were scaled")
-    record = {EQUALIZED_KEY: exponents_to_json(exponents)} if exponents else {}
-    return find_layers(model.graph)[0], record
-
-
-def _blocked(graph: ir.Graph, layers: list[Layer], block: int, reporter: Reporter) -> list[Layer]:
-    """The layers, matrices that get scales by block with their inputs on the first axis; says which layers do not."""
-    from efrapq.graph.inputs_first import inputs_first
-    from efrapq.graph.layers import find_layers, weight_array
-    from efrapq.stream.layer import block_of
-
-    for layer in layers:
-        shape = weight_array(graph, layer).shape
-        if block_of(layer, int(np.prod(shape)) // shape[layer.channel_axis], block):
-            inputs_first(graph, layer)
-        else:
-            reason = f"is a {layer.op_type}" if len(shape) != 2 else f"has {shape[1 - layer.channel_axis]} inputs"
-            reporter.note(
-                f"{printable(layer.name)} keeps one scale per output channel: it {reason}, blocks of {block} are for "
-                "matrices with a multiple of so many inputs"
-            )
-    return find_layers(graph)[0]
-
-
-def _journal(
-    output: Path,
-    source: FloatModel,
-    settings: PassSettings,
-    act_bits: int,
-    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
-    resume: bool,
-    reporter: Reporter,
-    *,
-    equalize: bool,
-) -> Journal:
-    """The record of solved layers beside the output, keyed by all that decides them."""
-    import hashlib
-
-    from efrapq.calibration.inputs import inputs_digest
-
-    decides = {
-        "model": source.content_sha256,
-        "inputs": inputs_digest(chunks),
-        "act_bits": act_bits,
-        "settings": repr(replace(settings, memory=None)),
-        "equalize": equalize,
-        "versions": versions(),
-        "machine": _machine(settings.device),
-    }
-    journal = _journal_folder(output, hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest())
-    if not resume:
-        journal.restart()
-    elif not journal.resume():
-        reporter.warn("nothing to resume: starting from the first layer")
-    return journal
-
-
-def _journal_folder(output: Path, key: str | None) -> Journal:
-    from efrapq.stream import Journal
-
-    return Journal(output.with_name(f"{output.name}.partial"), key or "")
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What else decides the bytes: sums of floats depend on the device, on how many threads share them, and on the
-    order in which a compiled kernel takes them.
-    """
-    import torch
-
-    from efrapq.rounding import kernel_package
-
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    package = kernel_package(torch.device(device).type)
-    kernel = f"{package} {importlib.metadata.version(package)}" if package is not None else None
-    return {"device": device, "name": name, "torch_threads": torch.get_num_threads(), "kernel": kernel}
 
 
 def _evidence(

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from efrapq.errors import OutputError, UnsupportedModelError, UsageError
+from efrapq.errors import InputError, OutputError, UnsupportedModelError, UsageError
 from efrapq.io import data_as_inputs, load_onnx, printable, read_source
 from efrapq.io.onnx_data import OnnxParts
 
 if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
 
-__all__ = ["Written", "data_path", "write_checked"]
+__all__ = ["Written", "beside", "data_path", "write_checked"]
 
 # What an exported model is tried on: arrays by input name, or the shape of one float input.
 Sample = tuple[int, ...] | Mapping[str, NDArray[Any]]
@@ -40,6 +40,14 @@ class Written:
         if self._parts is None:
             return {path: self.data}
         return {data_path(path): self._parts.data(), path: self.data}
+
+
+def beside(model: str | Path, word: str) -> Path:
+    """model.pt → model.WORD.onnx, in its folder."""
+    path = Path(model)
+    if not path.name or path.is_dir():
+        raise InputError(f"{printable(path)}: is a folder, not a model file")
+    return path.with_name(f"{path.stem}.{word}.onnx")
 
 
 def data_path(path: Path) -> Path:

@@ -249,14 +249,14 @@ def test_dynamic_sizes_are_those_of_the_calibration(tmp_path: Path, residual_net
 
 
 def test_export_tries_the_size_that_the_file_records(tmp_path: Path, residual_net, monkeypatch) -> None:
-    from efrapq import pipeline
+    from efrapq import retarget
 
     source, output = tmp_path / "net.onnx", tmp_path / "net.int4.onnx"
     source.write_bytes(channels_last(residual_net(), sizes=("H", "W")).SerializeToString())
     efrapq.defend(source, output, calib=Dataset.from_arrays(pixels(20), None), target="ort-x86")
     proto = onnx.load(output)
     records = {p.key: p.value for p in proto.metadata_props}
-    assert pipeline._zeros(proto, records, "net") == (1, 8, 8, 3)
-    assert pipeline._zeros(proto, {}, "net") == (1, 1, 1, 3)
+    assert retarget._zeros(proto, records, "net") == (1, 8, 8, 3)
+    assert retarget._zeros(proto, {}, "net") == (1, 1, 1, 3)
     odd = {"efrapq.calibration": '{"input": [8, 8]}'}
-    assert pipeline._zeros(proto, odd, "net") == (1, 1, 1, 3)
+    assert retarget._zeros(proto, odd, "net") == (1, 1, 1, 3)

@@ -22,7 +22,8 @@ from efrapq.calibration.datafree import DataFree
 from efrapq.errors import CorruptFileError, InputError, OutputError, UsageError
 from efrapq.inspection import inspect
 from efrapq.io import FileTensor, Limits, load_onnx, read_source
-from efrapq.pipeline import defend, export
+from efrapq.pipeline import defend
+from efrapq.retarget import export
 from efrapq.verification import verify
 
 TIMES = ("latency_ms", "slower")

@@ -16,7 +16,7 @@ from efrapq.errors import UnsupportedModelError, UsageError
 from efrapq.exporters import PROFILES, lint, rules, targets
 from efrapq.exporters.profile import Profile
 from efrapq.exporters.rules import Rule
-from efrapq.pipeline import export_all
+from efrapq.retarget import export_all
 
 F32 = np.float32
 Edit = Callable[[dict[str, Any]], None]

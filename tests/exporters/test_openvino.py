@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from efrapq.data import Dataset, Preprocess, load_dataset
 from efrapq.exporters import export_model
 from efrapq.models import weights
-from efrapq.pipeline import defend, export_all
+from efrapq.pipeline import defend
 from efrapq.progress import Silent
+from efrapq.retarget import export_all
 from efrapq.trigger import parse_trigger
 from efrapq.verification.metrics import attack_success_rate, clean_accuracy, predict
 from efrapq.verification.session import open_session

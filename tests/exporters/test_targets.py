@@ -24,7 +24,7 @@ from efrapq.exporters import PROFILES, export_model, lint, read_quantized, remar
 from efrapq.exporters.rules import Graph
 from efrapq.graph.quantized import QuantizedModel
 from efrapq.grid import ActivationGrid, activation_grid
-from efrapq.pipeline import export_all
+from efrapq.retarget import export_all
 from efrapq.rounding import Coordinate
 
 F32 = np.float32

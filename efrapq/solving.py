@@ -1,0 +1,230 @@
+"""A float model and its calibration data become codes: prepared, equalized if asked to, solved layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from efrapq.calibration.arrays import Arrays
+from efrapq.data import Dataset, Preprocess
+from efrapq.errors import EfrapqError, InputError, RuntimeSetupError, UnsupportedModelError, UsageError
+from efrapq.io import printable
+from efrapq.loading import FloatModel
+from efrapq.progress import Reporter
+from efrapq.report.evidence import versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from efrapq.calibration.feeds import Feeds
+    from efrapq.graph.layers import Layer
+    from efrapq.graph.placement import Placement
+    from efrapq.graph.quantized import QuantizedModel
+    from efrapq.stream import Journal, PassSettings, Solved
+
+__all__ = ["journal_folder", "machine", "solve"]
+
+
+def solve(
+    source: FloatModel,
+    data: Dataset | Arrays | None,
+    preprocess: Preprocess | None,
+    act_bits: int,
+    calib_size: int,
+    settings: PassSettings,
+    output: Path | None,
+    resume: bool,
+    reporter: Reporter,
+    *,
+    equalize: bool = False,
+) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
+    """The codes of every layer, how they were found, and what calibrated them.
+
+    data: None makes inputs from BatchNorm's statistics. output: beside it the solved layers are kept, for `resume` to
+    go on from. Raises UnsupportedModelError where there is nothing to quantize, UsageError for what does not go
+    together, RuntimeSetupError where memory runs out.
+    """
+    from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
+    from efrapq.graph.layers import find_layers
+    from efrapq.graph.placement import place
+    from efrapq.graph.prepare import prepare
+    from efrapq.graph.quantized import QuantizedModel
+    from efrapq.stream import streaming_pass
+
+    model = prepare(source.proto, source.outside)
+    layers, skipped = find_layers(model.graph)
+    if not layers:
+        first = f"; {skipped[0].op_type} {skipped[0].node_name} stays float: {skipped[0].reason}" if skipped else ""
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        raise UnsupportedModelError(
+            f"{source.name}: no Conv, ConvTranspose, Gemm or MatMul with a constant weight, nothing to quantize"
+            + printable(first + more, 1000)
+        )
+    if settings.block:
+        layers = _blocked(model.graph, layers, settings.block, reporter)
+    for node in skipped:
+        reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds]
+    if isinstance(data, Arrays):
+        chunks, calibration = array_inputs(data)
+    else:
+        shape = input_shape(model, source.name)
+        if data is None:
+            images, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
+        else:
+            images, calibration = real_inputs(data, shape, preprocess, source.name)
+        chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
+    placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    record: dict[str, str] = {}
+    if equalize:
+        with _memory_named(settings.device):
+            layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
+    journal = None
+    if output is not None:
+        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
+    try:
+        with _memory_named(settings.device):
+            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
+    except KeyboardInterrupt:
+        if journal is not None and journal.holds_layers():
+            reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
+        raise
+    except EfrapqError as exc:
+        # The same bad input would end the same run again; a full disk need not, if there is anything to go on from.
+        if journal is not None and (isinstance(exc, InputError) or not journal.holds_layers()):
+            journal.discard()
+        raise
+    if len(solved.weights) != len(layers):
+        raise UnsupportedModelError(f"{source.name}: two of its layers have the same name; please report the model")
+    if journal is not None and journal.resumed:
+        reporter.note(f"resumed: {journal.resumed} of {len(layers)} layers were solved before")
+    for node_name in solved.fallback:
+        reporter.note(f"node {node_name} was run by ONNX Runtime: efrapq has no torch form of it")
+    kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
+    quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
+    return quantized, solved, calibration
+
+
+@contextlib.contextmanager
+def _memory_named(device: str) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as exc:
+        raise RuntimeSetupError(
+            f"out of memory on {device}: use a smaller --memory or --calib-size"
+            + (", or --device cpu" if device != "cpu" else "")
+        ) from exc
+
+
+def _equalized(
+    model: ir.Model,
+    layers: list[Layer],
+    placement: Placement,
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
+    settings: PassSettings,
+    reporter: Reporter,
+) -> tuple[list[Layer], dict[str, str]]:
+    """Scale the channels of the model; its layers, and what the file is to record."""
+    import torch
+
+    from efrapq.calibration.equalization import choose_exponents
+    from efrapq.graph.equalize import EQUALIZED_KEY, exponents_to_json
+    from efrapq.graph.equalize import equalize as scale_channels
+    from efrapq.graph.layers import find_layers
+
+    if not placement.grids:
+        raise UsageError("--equalize is for activations on grids: with float ones there is nothing to gain")
+    images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
+    if len(images) != len(chunks):
+        raise UsageError("--equalize is for models that take images")
+    bits = settings.weight_bits(layers)
+    exponents = choose_exponents(model, layers, bits, placement, images, torch.device(settings.device))
+    scale_channels(model, exponents)
+    moved = sum(int(np.count_nonzero(k)) for k in exponents.values())
+    reporter.note(f"equalized: {moved:,} channels of {len(exponents)} activations were scaled")
+    record = {EQUALIZED_KEY: exponents_to_json(exponents)} if exponents else {}
+    return find_layers(model.graph)[0], record
+
+
+def _blocked(graph: ir.Graph, layers: list[Layer], block: int, reporter: Reporter) -> list[Layer]:
+    """The layers, matrices that get scales by block with their inputs on the first axis; says which layers do not."""
+    from efrapq.graph.inputs_first import inputs_first
+    from efrapq.graph.layers import find_layers, weight_array
+    from efrapq.stream.layer import block_of
+
+    for layer in layers:
+        shape = weight_array(graph, layer).shape
+        if block_of(layer, int(np.prod(shape)) // shape[layer.channel_axis], block):
+            inputs_first(graph, layer)
+        else:
+            reason = f"is a {layer.op_type}" if len(shape) != 2 else f"has {shape[1 - layer.channel_axis]} inputs"
+            reporter.note(
+                f"{printable(layer.name)} keeps one scale per output channel: it {reason}, blocks of {block} are for "
+                "matrices with a multiple of so many inputs"
+            )
+    return find_layers(graph)[0]
+
+
+def _journal(
+    output: Path,
+    source: FloatModel,
+    settings: PassSettings,
+    act_bits: int,
+    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
+    resume: bool,
+    reporter: Reporter,
+    *,
+    equalize: bool,
+) -> Journal:
+    """The record of solved layers beside the output, keyed by all that decides them."""
+    from efrapq.calibration.inputs import inputs_digest
+
+    decides = {
+        "model": source.content_sha256,
+        "inputs": inputs_digest(chunks),
+        "act_bits": act_bits,
+        "settings": repr(replace(settings, memory=None)),
+        "equalize": equalize,
+        "versions": versions(),
+        "machine": machine(settings.device),
+    }
+    journal = journal_folder(output, hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest())
+    if not resume:
+        journal.restart()
+    elif not journal.resume():
+        reporter.warn("nothing to resume: starting from the first layer")
+    return journal
+
+
+def journal_folder(output: Path, key: str = "") -> Journal:
+    """The solved layers beside an output. key: of all that decides them."""
+    from efrapq.stream import Journal
+
+    return Journal(output.with_name(f"{output.name}.partial"), key)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What else decides the bytes: sums of floats depend on the device, on how many threads share them, and on the
+    order in which a compiled kernel takes them.
+    """
+    import torch
+
+    from efrapq.rounding import kernel_package
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    package = kernel_package(torch.device(device).type)
+    kernel = f"{package} {importlib.metadata.version(package)}" if package is not None else None
+    return {"device": device, "name": name, "torch_threads": torch.get_num_threads(), "kernel": kernel}
