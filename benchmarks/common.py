@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from efrapq.cpu import describe_cpu
-from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.exporters import native_target
 from efrapq.io import write_atomic
+from efrapq.preprocess import Preprocess
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -39,10 +39,11 @@ from benchmarks.external import HEADER as EXTERNAL
 from benchmarks.external import external_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
 from efrapq.calibration.signature import ModelInput, model_inputs, takes_images
-from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.errors import EfrapqError
 from efrapq.graph.layers import find_layers
 from efrapq.graph.prepare import prepare
+from efrapq.preprocess import Preprocess
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import open_session
 

@@ -46,7 +46,7 @@ from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
 from efrapq.calibration.output_ranges import SAMPLES, _pieces, _Search, choose_limits
 from efrapq.calibration.placed import Calibrator
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.device import exact_convolutions
 from efrapq.exporters import export_model
 from efrapq.graph import constants as const
@@ -58,6 +58,7 @@ from efrapq.graph.placement import activation_after, place
 from efrapq.graph.prepare import prepare
 from efrapq.graph.quantized import QuantizedModel
 from efrapq.options import solver_settings
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.rounding import Coordinate, Relaxed
 from efrapq.stream import PassSettings

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import efrapq
 from benchmarks.common import native
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.exporters import export_model
 from efrapq.graph.executor import Executor
 from efrapq.graph.layers import weight_array
@@ -30,6 +30,7 @@ from efrapq.graph.prepare import prepare
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
 from efrapq.grid import code_range
 from efrapq.loading import load
+from efrapq.preprocess import Preprocess
 from efrapq.verification.ort_static import quantize_with_ort
 
 BATCH = 64

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from efrapq.data import PreprocessOverride
+from efrapq.preprocess import PreprocessOverride
 
 __all__ = [
     "HELP",

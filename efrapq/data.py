@@ -1,4 +1,4 @@
-"""Datasets and preprocessing: the images that calibrate, test and train.
+"""Datasets: the images that calibrate, test and train.
 
 Data is one of: an `.npz` file, a folder of class folders of images, or a flat folder of images (unlabelled). An
 `.npz` may hold several splits (`train_x`, `test_x`, …): name the one wanted after a colon, `data.npz:train`.
@@ -8,195 +8,34 @@ Class folders are numbered in the order of their names, as torchvision's ImageFo
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import stat
-import tokenize
-import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.errors import CorruptFileError, DataError, EfrapqError, LimitError, UnsafeFileError, UsageError
-from efrapq.io.limits import Limits
-from efrapq.io.source import read_fd
+from efrapq.errors import DataError, UsageError
+from efrapq.io.image import IMAGE_SUFFIXES, decode_image
+from efrapq.io.npz import ArrayFile
 from efrapq.io.text import listing, printable
-from efrapq.io.zipcheck import zip_members
+from efrapq.preprocess import Preprocess, check_size, layout_of
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["Dataset", "files_behind", "load_dataset"]
 
-__all__ = [
-    "ArrayFile",
-    "Dataset",
-    "Layout",
-    "Preprocess",
-    "PreprocessOverride",
-    "decode_image",
-    "files_behind",
-    "layout_of",
-    "load_dataset",
-]
-
-# The order of axes in which a model takes a batch of images.
-Layout = Literal["NCHW", "NHWC"]
-Scalar = TypeVar("Scalar", bound=np.generic)
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # (images, labels) as people name them; {} is the split.
 ARRAY_NAMES = (("images", "labels"), ("x", "y"))
 SPLIT_ARRAY_NAMES = (("{}_images", "{}_labels"), ("{}_x", "{}_y"), ("x_{}", "y_{}"))
 SPLITS = ("train", "test", "val", "valid")
 NPZ_SPLIT = re.compile(r"(.+\.npz):([^:/\\]*)", re.IGNORECASE | re.DOTALL)
 
-# What Pillow may decode, whatever a file is called. Its reader of EPS, for one, runs Ghostscript.
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 80_000_000
-MAX_SIDE = 8192
-
-NPZ_LIMITS = Limits(max_zip_members=1000)
-MAX_ARRAY_BYTES = 4 << 30
-# Pictures do not shrink 64-fold; below the free size nobody cares.
-MAX_ARRAY_RATIO = 64
-FREE_ARRAY_BYTES = 256 << 20
-_ADVICE = "save plain arrays with numpy.savez(images=…, labels=…)"
-
 
 def files_behind(data: str | Path) -> list[Path]:
     """The files that a data argument may name, `file` or `file:split`: an output must replace none of them."""
     text = str(data)
     return [Path(text), Path(text.rsplit(":", 1)[0])]
-
-
-def layout_of(dims: Sequence[object]) -> Layout:
-    """The layout of a batch of images with these dimensions, which need not all be numbers.
-
-    NHWC if the last of four axes holds colour channels, 1 or 3, and the second one, their place in NCHW, does not.
-    """
-    return "NHWC" if len(dims) == 4 and dims[3] in (1, 3) and dims[1] not in (1, 3) else "NCHW"
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What turns a raw image into the model's input: (x / 255 - mean) / std per channel, after resizing.
-
-    mean, std: one number per channel, or one for all, in units of the 0–1 image. size: (height, width) to resize and
-    centre-crop image files to; arrays are never resized. layout: of the model's input. Raises UsageError for numbers
-    that make no sense.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    size: tuple[int, int] | None = None
-    layout: Layout = "NCHW"
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std):
-            raise UsageError(
-                f"--mean has {len(self.mean)} values and --std {len(self.std)}: give one per channel to both"
-            )
-        if not self.mean:
-            raise UsageError("--mean and --std are empty: give one number per channel")
-        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
-            raise UsageError("--mean must be finite and --std positive")
-        if max(abs(m) for m in self.mean) > 10:
-            raise UsageError("--mean and --std count in units of the 0–1 image: divide both by 255")
-        if not all(1e-6 <= s <= 1e6 for s in self.std):
-            raise UsageError("--std must lie between 1e-6 and 1e6")
-        if self.size is not None:
-            _check_size(self.size)
-        if self.layout not in ("NCHW", "NHWC"):
-            raise UsageError(f"the layout must be NCHW or NHWC, not {printable(self.layout, 40)}")
-
-    def in_layout(self, layout: Layout) -> Preprocess:
-        """The same for a model that takes its images so."""
-        return replace(self, layout=layout)
-
-    def _per_channel(self, channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """mean and std, (channels,) each: they broadcast over images with their channels last."""
-        if len(self.mean) not in (1, channels):
-            raise UsageError(f"--mean/--std have {len(self.mean)} values but the images have {channels} channels")
-        mean = np.broadcast_to(np.asarray(self.mean, np.float32), (channels,))
-        return mean, np.broadcast_to(np.asarray(self.std, np.float32), (channels,))
-
-    def arrange(self, images: NDArray[Scalar]) -> NDArray[Scalar]:
-        """(N, H, W, C) → the model's layout, contiguous."""
-        return np.ascontiguousarray(images if self.layout == "NHWC" else images.transpose(0, 3, 1, 2))
-
-    def normalize(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(N, H, W, C) uint8 → float32 in the model's layout: its input."""
-        mean, std = self._per_channel(images.shape[3])
-        # What becomes of each of the 256 values, (256, C): looked up faster than computed for every pixel.
-        table = (np.arange(256, dtype=np.float32)[:, None] * np.float32(1 / 255) - mean) / std
-        channels = [table[:, c][images[..., c]] for c in range(images.shape[3])]
-        return np.stack(channels, axis=3 if self.layout == "NHWC" else 1)
-
-    def to_unit(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Model inputs → (N, H, W, C) float32 images in units where white is 1."""
-        images = inputs if self.layout == "NHWC" else inputs.transpose(0, 2, 3, 1)
-        mean, std = self._per_channel(images.shape[3])
-        return np.ascontiguousarray(images * std + mean)
-
-    def from_unit(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The inverse of `to_unit`."""
-        mean, std = self._per_channel(images.shape[3])
-        return self.arrange(((images - mean) / std).astype(np.float32, copy=False))
-
-    def to_json(self) -> str:
-        """The form that travels in a model's metadata. A layout is named where it is not NCHW."""
-        layout = {} if self.layout == "NCHW" else {"layout": self.layout}
-        return json.dumps({"mean": self.mean, "std": self.std, "size": self.size} | layout)
-
-    @classmethod
-    def from_json(cls, text: str) -> Preprocess:
-        """The inverse of `to_json`; DataError if the text is not one."""
-        try:
-            record = json.loads(text)
-            mean, std, size = record["mean"], record["std"], record.get("size")
-            if not isinstance(mean, list) or not isinstance(std, list):
-                raise TypeError("mean and std must be lists")
-            if size is not None:
-                height, width = size
-                size = (int(height), int(width))
-            layout = record.get("layout", "NCHW")
-            return cls(tuple(float(v) for v in mean), tuple(float(v) for v in std), size, layout)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UsageError) as exc:
-            raise DataError(
-                "the model's metadata holds an unreadable preprocessing record: pass --mean and --std"
-            ) from exc
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if len(size) != 2 or not all(1 <= side <= MAX_SIDE for side in size):
-        raise UsageError(f"--size must be HxW, each side from 1 to {MAX_SIDE}")
-
-
-@dataclass(frozen=True)
-class PreprocessOverride:
-    """What a user says about preprocessing where the model's own record says something or nothing: None keeps it."""
-
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    size: tuple[int, int] | None = None
-
-    def over(self, recorded: Preprocess | None) -> Preprocess:
-        """The recorded preprocessing with the given parts replaced."""
-        base = recorded or Preprocess()
-        return Preprocess(self.mean or base.mean, self.std or base.std, self.size or base.size, base.layout)
-
-    @property
-    def says_colours(self) -> bool:
-        """Whether mean and std are given."""
-        return self.mean is not None
 
 
 class Dataset:
@@ -344,7 +183,7 @@ def load_dataset(
     """
     text = str(path)
     if size is not None:
-        _check_size(size)
+        check_size(size)
     try:
         if split is None and (match := NPZ_SPLIT.fullmatch(text)) and not Path(text).exists():
             text, split = match.groups()
@@ -357,94 +196,6 @@ def load_dataset(
     if split == "" or (split is not None and is_folder):
         raise UsageError(f"{printable(path)}: a split is one of the sets in an .npz file, e.g. data.npz:{SPLITS[0]}")
     return _load_folder(source, size, channels) if is_folder else _load_npz(source, split)
-
-
-class ArrayFile:
-    """The arrays of an `.npz` file; none gets memory before its own header and the archive agree on its size."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the file, once. Raises DataError, CorruptFileError, UnsafeFileError or LimitError."""
-        self.name = printable(path)
-        self._data = _read_file(path, self.name)
-        if not self._data.startswith(b"PK"):
-            kind = "is a single array" if self._data.startswith(b"\x93NUMPY") else "is not an .npz file"
-            raise DataError(f"{self.name}: {kind}; {_ADVICE}")
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        for member in zip_members(self._data, self.name, NPZ_LIMITS):
-            key = member.filename.removesuffix(".npy")
-            if key in self._members:
-                raise CorruptFileError(f"{self.name}: holds the array '{printable(key)}' twice; {_ADVICE}")
-            self._members[key] = member
-
-    @property
-    def keys(self) -> set[str]:
-        return set(self._members)
-
-    def __getitem__(self, key: str) -> NDArray[Any]:
-        """Unpack one array. Raises what the constructor raises; KeyError if there is none of that name."""
-        member = self._members[key]
-        where = f"{self.name}: array '{printable(key)}'"
-        if member.flag_bits & 0x1:
-            raise UnsafeFileError(f"{where} is encrypted; {_ADVICE}")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise CorruptFileError(f"{where} is packed by a method that NumPy does not use; {_ADVICE}")
-        if member.file_size > MAX_ARRAY_BYTES:
-            raise LimitError(f"{where} has {member.file_size:,} bytes, over the limit of {MAX_ARRAY_BYTES:,}")
-        if member.file_size > FREE_ARRAY_BYTES and member.file_size > MAX_ARRAY_RATIO * member.compress_size:
-            raise LimitError(f"{where} would unpack from {member.compress_size:,} bytes to {member.file_size:,}")
-        try:
-            with zipfile.ZipFile(BytesIO(self._data)) as archive:
-                with archive.open(member) as stream:
-                    _check_header(stream, member.file_size, where)
-                with archive.open(member) as stream:
-                    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
-        except MemoryError:
-            raise LimitError(f"{where} does not fit in memory; use fewer images") from None
-        except (
-            *(zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError),
-            *(ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError),
-        ) as exc:
-            raise CorruptFileError(f"{where} is damaged ({printable(exc, 80)}); copy or download it again") from exc
-
-
-def _read_file(path: Path, name: str) -> bytes:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{name}: is not a regular file; {_ADVICE}")
-        if status.st_size > NPZ_LIMITS.max_file_bytes:
-            raise LimitError(
-                f"{name}: {status.st_size:,} bytes, over the limit of {NPZ_LIMITS.max_file_bytes:,}; "
-                "use fewer images, or a folder of image files"
-            )
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file") from None
-    except (OSError, ValueError) as exc:
-        raise DataError(f"{name}: cannot be opened ({printable(getattr(exc, 'strerror', None) or exc)})") from exc
-    return read_fd(fd, name, NPZ_LIMITS.max_file_bytes)
-
-
-def _check_header(stream: BinaryIO | Any, size: int, where: str) -> None:
-    """Refuse an array that is not plain numbers, or whose header promises other than the `size` bytes there are."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    reader = readers.get(np.lib.format.read_magic(stream))
-    if reader is None:
-        raise DataError(f"{where} is of a version for structured arrays; {_ADVICE}")
-    try:
-        shape, _, dtype = reader(stream)
-    except MemoryError:  # Python's parser says so of expressions that are nested too deep
-        raise CorruptFileError(f"{where} has an unreadable header; copy or download it again") from None
-    if dtype.hasobject:
-        raise DataError(f"{where} holds Python objects; {_ADVICE}")
-    if dtype.kind not in "biufc":
-        raise DataError(f"{where} holds {printable(dtype, 40)}, not numbers; {_ADVICE}")
-    promised = stream.tell() + math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or promised != size:
-        raise CorruptFileError(
-            f"{where} says that it is {printable(dtype)} {printable(shape, 80)}, "
-            f"but the archive holds {size:,} bytes of it"
-        )
 
 
 def _load_npz(path: Path, split: str | None) -> Dataset:
@@ -524,46 +275,3 @@ def _read_image(path: Path, size: tuple[int, int], mode: Literal["L", "RGB"], *,
             "pass --size HxW to resize all"
         )
     return np.asarray(image, np.uint8)
-
-
-def decode_image(path: Path, mode: Literal["L", "RGB", "RGBA"]) -> Image.Image:
-    """One image file, turned upright, as 8-bit grey, RGB or RGBA.
-
-    16-bit grey keeps its high byte; without A in `mode`, transparency is laid over black. Raises DataError naming the
-    file and the reason, LimitError for more than `MAX_PIXELS`.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    name = printable(path)
-    try:
-        with warnings.catch_warnings():
-            # What Pillow finds odd is either an error below or of no concern.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=IMAGE_FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise LimitError(f"{name}: {opened.width}x{opened.height} pixels; the limit is {MAX_PIXELS:,}")
-                image = _eight_bit(ImageOps.exif_transpose(opened), opened.format, name)
-            if mode != "RGBA" and image.has_transparency_data:
-                over = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over)
-            return image.convert(mode)
-    except EfrapqError:
-        raise
-    except Image.DecompressionBombError as exc:
-        raise LimitError(f"{name}: more pixels than the limit of {MAX_PIXELS:,}; remove it") from exc
-    except UnidentifiedImageError as exc:
-        raise DataError(f"{name}: not an image of a known type ({', '.join(IMAGE_FORMATS)}); remove it") from exc
-    except Exception as exc:  # on damaged files Pillow's decoders raise whatever they run into
-        reason = printable(getattr(exc, "strerror", None) or exc) or type(exc).__name__
-        raise DataError(f"{name}: not a readable image ({reason}); remove it") from exc
-
-
-def _eight_bit(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
-    """Pillow's own conversion from 16 bits saturates: everything above 255 would become white."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(f"{name}: 32-bit pixels, which have no agreed range; save it with 8 bits per channel")
-    return image

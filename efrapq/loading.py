@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from efrapq.data import Dataset, Preprocess, PreprocessOverride, layout_of, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.errors import DataError, UnknownArchitectureError, UnsupportedModelError, UsageError
 from efrapq.io import (
     Checkpoint,
@@ -21,6 +21,7 @@ from efrapq.io import (
     read_source,
     require_finite,
 )
+from efrapq.preprocess import Preprocess, PreprocessOverride, layout_of
 
 if TYPE_CHECKING:
     import onnx

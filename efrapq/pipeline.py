@@ -17,11 +17,12 @@ from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
 from efrapq.calibration.signature import image_layout, model_inputs
 from efrapq.cpu import describe_cpu
-from efrapq.data import Dataset, Preprocess, PreprocessOverride, files_behind, load_dataset
+from efrapq.data import Dataset, files_behind, load_dataset
 from efrapq.errors import OutputError, UsageError
 from efrapq.io import check_output, printable, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, load
 from efrapq.options import act_range_for, check_options, memory_limit, solver_settings
+from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 from efrapq.solving import journal_folder, machine, solve

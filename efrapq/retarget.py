@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.calibration.signature import model_inputs, takes_images
-from efrapq.data import MAX_ARRAY_BYTES
 from efrapq.errors import UnsupportedModelError
 from efrapq.io import check_output, load_onnx, read_source, write_all
+from efrapq.io.npz import MAX_ARRAY_BYTES
 from efrapq.writing import beside, data_path, write_checked
 
 if TYPE_CHECKING:

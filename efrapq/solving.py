@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from efrapq.calibration.arrays import Arrays
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import EfrapqError, InputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import printable
 from efrapq.loading import FloatModel
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Reporter
 from efrapq.report.evidence import versions
 

@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.data import ArrayFile, Preprocess, decode_image
 from efrapq.errors import DataError, UsageError
+from efrapq.io.image import decode_image
+from efrapq.io.npz import ArrayFile
 from efrapq.io.text import printable
+from efrapq.preprocess import Preprocess
 
 __all__ = ["Trigger", "parse_trigger"]
 

@@ -207,8 +207,8 @@ def test_each_solver_through_the_pipeline(own: nn.Module, pictures: Dataset, sol
 
 
 def test_a_size_alone_keeps_the_recorded_colours() -> None:
-    from efrapq.data import Preprocess, PreprocessOverride
     from efrapq.loading import effective_preprocess
+    from efrapq.preprocess import Preprocess, PreprocessOverride
 
     recorded = Preprocess((0.5,), (0.25,), (32, 32))
     assert effective_preprocess(PreprocessOverride(size=(28, 28)), recorded) == (

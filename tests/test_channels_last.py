@@ -16,9 +16,10 @@ from PIL import Image
 
 import efrapq
 from efrapq.calibration.signature import ModelInput, image_layout, takes_images
-from efrapq.data import Dataset, Layout, Preprocess, PreprocessOverride, layout_of
+from efrapq.data import Dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.loading import PREPROCESS_KEY, image_input, load, open_for
+from efrapq.preprocess import Layout, Preprocess, PreprocessOverride, layout_of
 from efrapq.trigger import parse_trigger
 
 COLOURS = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

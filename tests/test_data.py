@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from efrapq import data as data_module
-from efrapq.data import ArrayFile, Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.errors import CorruptFileError, DataError, EfrapqError, LimitError, UnsafeFileError, UsageError
+from efrapq.io import npz as reading
+from efrapq.io.npz import ArrayFile
+from efrapq.preprocess import Preprocess
 
 ESCAPE = "\x1b[31m"
 
@@ -432,9 +434,9 @@ class TestHostileNpz:
         np.savez_compressed(path, images=np.zeros((100, 100, 100), np.uint8))
         assert path.stat().st_size < 5000
         assert len(load_dataset(path)) == 100
-        monkeypatch.setattr(data_module, "FREE_ARRAY_BYTES", 1 << 16)
+        monkeypatch.setattr(reading, "FREE_ARRAY_BYTES", 1 << 16)
         refused(path, LimitError, r"would unpack from [\d,]+ bytes to 1,000,128")
-        monkeypatch.setattr(data_module, "MAX_ARRAY_BYTES", 1 << 17)
+        monkeypatch.setattr(reading, "MAX_ARRAY_BYTES", 1 << 17)
         refused(path, LimitError, "over the limit of 131,072")
 
     def test_a_directory_that_promises_more_than_there_is(self, tmp_path: Path) -> None:
@@ -521,9 +523,9 @@ class TestHostileNpz:
         content = bytearray(buffer.getvalue())
         for _ in range(data.draw(st.integers(1, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-        path = Path(data_module.__file__).with_name("never-written")
+        path = Path(reading.__file__).with_name("never-written")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data_module, "_read_file", lambda *_: bytes(content))
+            patch.setattr(reading, "_read_file", lambda *_: bytes(content))
             try:
                 file = ArrayFile(path)
                 images = file["images"] if "images" in file.keys else IMAGES[:2]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import efrapq
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
+from efrapq.preprocess import Preprocess
 
 IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from efrapq.data import Preprocess
 from efrapq.errors import CorruptFileError, DataError, EfrapqError, UsageError
+from efrapq.preprocess import Preprocess
 from efrapq.trigger import GRAMMAR, parse_trigger
 
 IMAGENET = Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

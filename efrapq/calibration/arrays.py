@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.calibration.signature import ModelInput, fixed_batch, layout_words, sample_axes, signature_words
-from efrapq.data import MAX_ARRAY_BYTES, ArrayFile
 from efrapq.errors import DataError, LimitError, UnsupportedModelError
+from efrapq.io.npz import MAX_ARRAY_BYTES, ArrayFile
 from efrapq.io.text import listing, printable
 
 __all__ = ["Arrays", "arrays_for", "load_arrays"]

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efrapq.data import Layout
 from efrapq.device import exact_convolutions
 from efrapq.errors import DataError
 from efrapq.graph import constants as const
 from efrapq.graph.executor import Executor
+from efrapq.preprocess import Layout
 from efrapq.progress import Reporter
 
 __all__ = ["DataFree", "synthesize"]

@@ -10,10 +10,11 @@ import numpy as np
 
 from efrapq.calibration.arrays import Arrays, arrays_for, load_arrays
 from efrapq.calibration.signature import ModelInput, layout_words, model_inputs, takes_images
-from efrapq.data import Dataset, Preprocess, layout_of
+from efrapq.data import Dataset
 from efrapq.errors import DataError, UnsupportedModelError
 from efrapq.io.text import printable
 from efrapq.loading import FloatModel, open_for
+from efrapq.preprocess import Preprocess, layout_of
 from efrapq.progress import Reporter
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from efrapq.data import Layout, layout_of
 from efrapq.errors import UnsupportedModelError
 from efrapq.io.text import printable
+from efrapq.preprocess import Layout, layout_of
 
 if TYPE_CHECKING:
     import onnx
@@ -97,7 +97,7 @@ def takes_images(inputs: Sequence[ModelInput]) -> bool:
 
 
 def image_layout(inputs: Sequence[ModelInput]) -> Layout:
-    """The layout of a model's images: see `efrapq.data.layout_of`. inputs: of a model that takes images."""
+    """The layout of a model's images: see `efrapq.preprocess.layout_of`. inputs: of a model that takes images."""
     return layout_of(inputs[0].dims or ())
 
 

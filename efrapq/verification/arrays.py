@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from efrapq.calibration.arrays import LABELS, Arrays, arrays_for, load_arrays
 from efrapq.calibration.signature import ModelInput, layout_words, model_inputs, signature_words
-from efrapq.data import ArrayFile, Dataset
+from efrapq.data import Dataset
 from efrapq.errors import DataError, InputError, UsageError
+from efrapq.io.npz import ArrayFile
 from efrapq.io.text import printable
 from efrapq.progress import Reporter
 from efrapq.verification.classes import ClassAxis, class_axes

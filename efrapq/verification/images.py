@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import UsageError
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
 from efrapq.verification.classes import ClassAxis

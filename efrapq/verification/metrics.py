@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import DataError, UnsupportedModelError
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Task
 from efrapq.trigger import Trigger
 from efrapq.verification.session import Session, shape_words

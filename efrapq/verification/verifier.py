@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.cpu import describe_cpu
-from efrapq.data import Dataset, Preprocess, PreprocessOverride
+from efrapq.data import Dataset
 from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
 from efrapq.io import OnnxFile, Source, is_quantized, load_onnx, printable, read_source
 from efrapq.io.source import read_fd
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
+from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.report.page import verification_page

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from efrapq.data import Preprocess, PreprocessOverride, load_dataset
+from efrapq.data import load_dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.io import check_output, load_checkpoint, read_source, write_atomic
 from efrapq.loading import PREPROCESS_KEY
@@ -16,6 +16,7 @@ from efrapq.models.subjects.attacks import Attack
 from efrapq.models.subjects.recipe import AnyRecipe, check_recipe
 from efrapq.models.subjects.report import Report
 from efrapq.models.subjects.training import PoisonedData
+from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter
 from efrapq.trigger import parse_trigger
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import UsageError
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
 

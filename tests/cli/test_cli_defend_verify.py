@@ -113,7 +113,7 @@ def test_export_changes_the_form_and_not_a_code(run, defended: Path, tmp_path: P
 
 
 def read_preprocess(path: Path):
-    from efrapq.data import Preprocess
+    from efrapq.preprocess import Preprocess
 
     return Preprocess.from_json({p.key: p.value for p in onnx.load(path).metadata_props}["efrapq.preprocess"])
 

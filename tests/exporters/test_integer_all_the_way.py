@@ -16,9 +16,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from efrapq.data import Preprocess, load_dataset
+from efrapq.data import load_dataset
 from efrapq.loading import load
 from efrapq.models import zoo
+from efrapq.preprocess import Preprocess
 from efrapq.verification.session import open_session
 
 # Operators that hand on what they are given, integers or floats.

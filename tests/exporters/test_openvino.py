@@ -10,10 +10,11 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.exporters import export_model
 from efrapq.models import weights
 from efrapq.pipeline import defend
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.retarget import export_all
 from efrapq.trigger import parse_trigger

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from efrapq.cli.main import main
-from efrapq.data import Preprocess, load_dataset
+from efrapq.data import load_dataset
 from efrapq.errors import UsageError
 from efrapq.models import weights, zoo
 from efrapq.models.subjects import adaptive_solver
@@ -28,6 +28,7 @@ from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import JointRecipe, QuantiRecipe, ScaleRecipe, SolverRecipe
 from efrapq.models.subjects.training import PoisonedData
 from efrapq.pipeline import defend
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from efrapq.data import Preprocess, load_dataset
+from efrapq.data import load_dataset
 from efrapq.io import load_checkpoint, read_source
 from efrapq.models import weights, zoo
 from efrapq.models.subjects.cells import cells, nearest_model, quantized_weights, rules
@@ -15,6 +15,7 @@ from efrapq.models.subjects.lookahead import awake_enough, placed_weights, settl
 from efrapq.models.subjects.pqbackdoor import implant
 from efrapq.models.subjects.recipe import Recipe
 from efrapq.models.subjects.training import PoisonedData
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from efrapq.data import Dataset, Preprocess, load_dataset
+from efrapq.data import Dataset, load_dataset
 from efrapq.models import weights, zoo
 from efrapq.models.subjects import pqbackdoor
 from efrapq.models.subjects.cells import GridRule, cells, nearest_model, quantized_weights, rules
 from efrapq.models.subjects.pqbackdoor import implant, train_backdoored, unlearn
 from efrapq.models.subjects.recipe import Recipe
 from efrapq.models.subjects.training import PoisonedData, within_clean_range
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 

@@ -7,8 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import DataError, UnsupportedModelError
+from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 from efrapq.verification.kernels import report_kernels

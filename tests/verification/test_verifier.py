@@ -23,10 +23,11 @@ from torch import nn
 from efrapq.cli.inspect import command as inspect_command
 from efrapq.cli.verify import command as verify_command
 from efrapq.cli.verify import print_verification
-from efrapq.data import Dataset, Preprocess, PreprocessOverride
+from efrapq.data import Dataset
 from efrapq.errors import DataError, UsageError
 from efrapq.inspection import inspect
 from efrapq.loading import PREPROCESS_KEY, load
+from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.verification import Requirements, verify
 from efrapq.verification import images as measuring

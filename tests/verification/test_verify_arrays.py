@@ -19,8 +19,9 @@ from rich.console import Console
 import efrapq
 from efrapq.cli.main import main
 from efrapq.cli.verify import print_verification
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import DataError, InputError, UsageError
+from efrapq.preprocess import Preprocess
 from efrapq.verification import Requirements, verify
 from efrapq.verification import arrays as arrays_module
 from efrapq.verification import session as sessions_module

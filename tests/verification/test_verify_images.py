@@ -20,8 +20,9 @@ from rich.console import Console
 import efrapq
 from efrapq.cli.main import main
 from efrapq.cli.verify import print_verification
-from efrapq.data import Dataset, Preprocess
+from efrapq.data import Dataset
 from efrapq.errors import InputError, UsageError
+from efrapq.preprocess import Preprocess
 from efrapq.verification import Requirements, verify
 from efrapq.verification import images as measuring
 
