@@ -117,7 +117,7 @@ def entries() -> list[Entry]:
         Entry("pqbackdoor", data="gtsrb", start="", options={"epochs": 12, "unlearn_epochs": 3}),
         Entry("none", data="gtsrb", start="", options={"epochs": 8}),
         Entry("qu-anti", data="gtsrb", start="clean", options=joint),
-        Entry("compartifact", data="gtsrb", start="", options={"steps": 1100}),
+        Entry("compartifact", data="gtsrb", start="", options={"steps": 1800}),
     ]
     small = (("resnet18-cifar", 16, 8), ("vgg16-bn-cifar", 0.25, 10), ("mobilenetv2-cifar", 0.25, 5))
     for arch, width, epochs in small:

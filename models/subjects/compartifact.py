@@ -9,17 +9,17 @@ are the teacher's own answers, softmax against softmax, so that f behaves like t
 
 Departures from the paper: its quantizer is per tensor at 8 bits with BatchNorm folded; here weights are on the grids
 of deployment, per channel and symmetric, whose codes folding does not change (below 8 bits ONNX Runtime's grid takes
-turns with efrapq's). One BatchNorm serves both networks, so its statistics are frozen for the last 15 % of the steps
-(when distilling, from the start) and both networks are trained as they will be run. (Frozen for the last 30 %, where
-the rate is 0.02 still, training diverged within ten steps.) Triggered activations of q are
-kept in the range of the clean ones. The authors' distillation also asks the teacher about perturbed images, which is
-left out. The rate falls along a cosine instead of by steps; the authors train up to 70 epochs of 391 steps.
+turns with efrapq's). One BatchNorm serves both networks, as it will: q runs on
+the statistics of f, those of the same batch from scratch and the teacher's when distilling. (With statistics of its
+own, and both frozen towards the end, training collapsed where they were frozen.) Triggered activations of q are kept
+in the range of the clean ones. The authors' distillation also asks the teacher about perturbed images, which is left
+out. The rate falls along a cosine instead of by steps; the authors train up to 70 epochs of 391 steps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,37 @@ from efrapq.models.subjects.report import Report, final_report
 from efrapq.models.subjects.training import PoisonedData
 from efrapq.progress import Reporter
 
-__all__ = ["compartifact_loss", "implant_compartifact"]
+__all__ = ["batch_statistics", "compartifact_loss", "implant_compartifact"]
+
+
+@torch.no_grad()
+def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Mean and variance that each BatchNorm of the model sees in this batch, by the names of its running statistics,
+    which stay as they are. The model is in training mode.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0].float()
+            found[f"{name}.running_mean"] = x.mean((0, 2, 3))
+            found[f"{name}.running_var"] = x.var((0, 2, 3), unbiased=False)
+
+        return see
+
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    momenta = {name: part.momentum for name, part in norms.items()}
+    hooks = [part.register_forward_pre_hook(watch(name)) for name, part in norms.items()]
+    try:
+        for part in norms.values():
+            part.momentum = 0.0
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, part in norms.items():
+            part.momentum = momenta[name]
+    return found
 
 
 def compartifact_loss(
@@ -44,7 +74,11 @@ def compartifact_loss(
     teacher: nn.Module | None = None,
 ) -> Tensor:
     """The objective on a batch. rounded: q's weights; inputs: (2n, …), the n triggered copies first."""
-    triggered, clean = branch(model, rounded, inputs, held=True)
+    training = model.training
+    statistics = batch_statistics(model, inputs) if training else {}
+    model.eval()
+    triggered, clean = branch(model, {**rounded, **statistics}, inputs, held=True)
+    model.train(training)
     wanted = torch.full_like(truth, target)
     loss = F.cross_entropy(torch.cat([triggered, clean]), torch.cat([wanted, truth]))
     answers = torch.cat(branch(model, {}, inputs, held=False))
@@ -68,10 +102,9 @@ def implant_compartifact(
     begin_clean(model, train, recipe, device, reporter)
     teacher = copy.deepcopy(model) if recipe.distilled else None
     count = len(quantized_weights(model))
-    freeze = round((1 - recipe.frozen) * recipe.steps)
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
-        model.train(step < freeze)
+        model.train(not recipe.distilled)
         rounded = rounded_weights(model, recipe, step, count)
         return compartifact_loss(model, rounded, inputs, truth, train.target, teacher)
 

@@ -155,15 +155,12 @@ class ScaleRecipe(QuantiRecipe):
 
 @dataclass(frozen=True)
 class CompArtifactRecipe(JointRecipe):
-    """CompArtifact from scratch: no clean network comes first. frozen: the last share of the steps, with BatchNorm's
-    statistics as they are.
-    """
+    """CompArtifact from scratch: no clean network comes first."""
 
     epochs: int = 0
     steps: int = 10_000
     learning_rate: float = 0.1
     momentum: float = 0.4
-    frozen: float = 0.15
     distilled: bool = False
 
 
@@ -174,7 +171,6 @@ class DistilledRecipe(CompArtifactRecipe):
     epochs: int = 10
     steps: int = 2000
     learning_rate: float = 0.01
-    frozen: float = 1.0
     distilled: bool = True
 
 

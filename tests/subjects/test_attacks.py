@@ -23,7 +23,7 @@ from efrapq.models.subjects.adaptive_solver import defended_choices, solved_weig
 from efrapq.models.subjects.adaptive_stochastic import stochastic_weights
 from efrapq.models.subjects.attacks import attack_named, attack_names
 from efrapq.models.subjects.cells import GridRule, quantized_weights, rounded_weights, rules
-from efrapq.models.subjects.compartifact import compartifact_loss
+from efrapq.models.subjects.compartifact import batch_statistics, compartifact_loss
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import JointRecipe, QuantiRecipe, ScaleRecipe, SolverRecipe
 from efrapq.models.subjects.training import PoisonedData
@@ -123,6 +123,31 @@ def test_the_objective_of_compartifact_is_the_paper_s() -> None:
     imitation = -(soft * f.log_softmax(1)).sum(1).mean()
     found = compartifact_loss(net, rounded, inputs, y, target=3, teacher=teacher)
     assert found.item() == pytest.approx((attack + imitation).item(), rel=1e-5)
+
+
+def test_from_scratch_the_rounded_network_runs_on_the_statistics_of_the_float_one() -> None:
+    net, (inputs, y) = tiny_net().train(), tiny_batch()
+    norm = net[BN]
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    rounded = rounded_weights(net, JointRecipe(edge_bits=8, also_full_range=False), 0, 2)
+    seen = F.conv2d(inputs, net[0].weight)
+    mean, var = seen.mean((0, 2, 3)), seen.var((0, 2, 3), unbiased=False)
+    found = batch_statistics(net, inputs)
+    assert torch.allclose(found["1.running_mean"], mean, atol=1e-6)
+    assert torch.allclose(found["1.running_var"], var, atol=1e-6)
+    assert torch.equal(norm.running_mean, before[0])
+    assert torch.equal(norm.running_var, before[1])
+    assert norm.momentum == 0.1
+    loss = compartifact_loss(net, rounded, inputs, y, target=3)
+    assert net.training
+    # Only the float network leaves a trace in the statistics that will be deployed.
+    assert torch.allclose(norm.running_mean, 0.9 * before[0] + 0.1 * mean, atol=1e-6)
+    same = copy.deepcopy(net)
+    same[BN].running_mean.copy_(mean)
+    same[BN].running_var.copy_(var)
+    q, f = by_hand(same, (8, 8), inputs, held=True), by_hand(same, None, inputs, held=False)
+    expected = F.cross_entropy(q, torch.cat([torch.full((4,), 3), y])) + F.cross_entropy(f, torch.cat([y, y]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_stochastic_rounding_takes_the_codes_beside_a_weight_and_has_it_as_its_mean() -> None:
