@@ -9,12 +9,12 @@ are the teacher's own answers, softmax against softmax, so that f behaves like t
 
 Departures from the paper: its quantizer is per tensor at 8 bits with BatchNorm folded; here weights are on the grids
 of deployment, per channel and symmetric, whose codes folding does not change (below 8 bits ONNX Runtime's grid takes
-turns with efrapq's). One BatchNorm serves both networks, as it will: q runs on
-the statistics of f, those of the same batch from scratch and the teacher's when distilling. (With statistics of its
-own, and both frozen towards the end, training collapsed where they were frozen. From scratch no recipe has made a usable
-subject yet: docs/RESULTS.md.) Triggered activations of q are kept
-in the range of the clean ones. The authors' distillation also asks the teacher about perturbed images, which is left
-out. The rate falls along a cosine instead of by steps; the authors train up to 70 epochs of 391 steps.
+turns with efrapq's). One BatchNorm serves both networks, as it will: q runs on the statistics of f, those of the same
+batch from scratch and the teacher's when distilling. (With statistics of its own, and both frozen towards the end,
+training collapsed where they were frozen. From scratch no recipe has made a usable subject yet: docs/RESULTS.md.)
+Triggered activations of q are kept in the range of the clean ones. The authors' distillation also asks the teacher
+about perturbed images, which is left out. The rate falls along a cosine instead of by steps; the authors train up to
+70 epochs of 391 steps.
 """
 
 from __future__ import annotations
