@@ -251,27 +251,25 @@ def threats(table: Table) -> dict[str, str]:
     honest = [b for b in bases if conditioned(b) and not b["attack"].startswith("adaptive")]
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     lost = [b["float_cda"] - c["cda"] for b, c in noisy]
-    controls = [b for b in bases if b["attack"] == "none"]
+    controls = [b for b in bases if is_control(b)]
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
         "promise": markdown(header, [_against(table, b) for b in honest]),
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
-        "control_lost": _most_lost(table, controls),
+        "control_lost": _most_lost(table),
         "noise": "; ".join(f"{c['cda']:.2f} / {c['asr']:.2f} against {_float(b)}" for b, c in noisy),
         "noise_lost": f"{min(lost):.1f} to {max(lost):.1f}",
         "noise_awake": f"{sum(c['asr'] > 10 for _, c in noisy)} of {len(noisy)}",
     }
 
 
-def _most_lost(table: Table, controls: Sequence[Cell]) -> str:
+def _most_lost(table: Table) -> str:
     """What the worst clean network loses, setting by setting."""
     parts = []
     for bits, act_bits in ALLOWED:
-        pairs = [
-            (b, c) for b in controls if (b["bits"], b["act_bits"]) == (bits, act_bits) and (c := table.get(b, OURS))
-        ]
+        pairs = [(b, c) for b in table.at(bits, act_bits) if is_control(b) and (c := table.get(b, OURS))]
         lost = max(b["float_cda"] - c["cda"] for b, c in pairs)
         risen = max(c["asr"] - b["float_asr"] for b, c in pairs)
         parts.append(f"W{bits}A{act_bits} {lost:.2f} points of CDA, ASR {risen:+.2f}")

@@ -25,8 +25,8 @@ __all__ = ["Exported", "export", "export_all", "exported_name"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What export() wrote: one file with the same codes as the one it came from. data: as in Defended. notes: what its
-    user should know.
+    """What export() wrote: one file with the same codes as the one it came from. data: as `defend` gives
+    them. notes: what its user should know.
     """
 
     data: bytes

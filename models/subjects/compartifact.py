@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights
 from efrapq.models.subjects.joint import begin_clean, branch, train_pairs
@@ -52,17 +53,13 @@ def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         return see
 
     norms = {name: part for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)}
-    momenta = {name: part.momentum for name, part in norms.items()}
     hooks = [part.register_forward_pre_hook(watch(name)) for name, part in norms.items()]
     try:
-        for part in norms.values():
-            part.momentum = 0.0
-        model(inputs)
+        # What training moves are copies.
+        functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (inputs,))
     finally:
         for hook in hooks:
             hook.remove()
-        for name, part in norms.items():
-            part.momentum = momenta[name]
     return found
 
 
