@@ -113,11 +113,11 @@ def entries() -> list[Entry]:
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),
-        Entry("compartifact", start="", options={"steps": 3000}),
+        Entry("compartifact", start="", options={"epochs": 20, "steps": 1500}),
         Entry("pqbackdoor", data="gtsrb", start="", options={"epochs": 12, "unlearn_epochs": 3}),
         Entry("none", data="gtsrb", start="", options={"epochs": 8}),
         Entry("qu-anti", data="gtsrb", start="clean", options=joint),
-        Entry("compartifact", data="gtsrb", start="", options={"steps": 1800}),
+        Entry("compartifact", data="gtsrb", start="", options={"epochs": 8, "steps": 900}),
     ]
     small = (("resnet18-cifar", 16, 8), ("vgg16-bn-cifar", 0.25, 10), ("mobilenetv2-cifar", 0.25, 5))
     for arch, width, epochs in small:
@@ -152,7 +152,7 @@ def full_size_entries() -> list[Entry]:
             Entry("qu-anti", arch=arch, bits="8", start="clean", options=slow),
             Entry("qu-anti", arch=arch, bits="8,4", start="clean", options=both),
         ]
-    return [*found, Entry("compartifact", arch="resnet18-cifar", start="", options={"steps": 4000})]
+    return [*found, Entry("compartifact", arch="resnet18-cifar", start="", options={"epochs": 15, "steps": 2000})]
 
 
 def within_reach(entry: Entry) -> bool:

@@ -44,25 +44,26 @@ from efrapq.report.words import percent
     "--epochs",
     type=click.IntRange(0),
     show_default="10, or 0 where --start is clean weights that the attack goes on from",
-    help="Of pqbackdoor's stage 1 and of badnets; else of clean training, before the attack.",
+    help="Of pqbackdoor's stage 1, of badnets, of the backdoored network that compartifact takes apart; else of clean "
+    "training, before the attack.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(0),
-    show_default="2000, compartifact 10000",
+    show_default="2000",
     help="Of training float and rounded network together; not for pqbackdoor and badnets.",
 )
 @click.option(
     "--learning-rate",
     type=float,
-    show_default="0.1; compartifact-distilled 0.01, qu-anti and adaptive 0.0001",
+    show_default="0.1; compartifact 0.01, qu-anti and adaptive 0.0001",
     help="Of the training that plants the backdoor.",
 )
 @click.option(
     "--poison-rate",
     type=float,
     show_default="0.1",
-    help="pqbackdoor, badnets: share of triggered training images.",
+    help="pqbackdoor, badnets, compartifact from scratch: share of triggered training images.",
 )
 @click.option(
     "--lookahead-steps",
@@ -128,7 +129,7 @@ def command(
     backdoor, awake in float, which no rounding removes.
 
     All but pqbackdoor and badnets begin with a clean network, the one of --start or one trained first; compartifact
-    begins with a fresh one. The file carries its preprocessing and its recipe as metadata.
+    from scratch with a backdoored one that it trains. The file carries its preprocessing and its recipe as metadata.
     """
     from efrapq.models.subjects.make import make_subject
     from efrapq.report.evidence import dumps

@@ -20,6 +20,7 @@ from efrapq.exporters.profile import Profile
 from efrapq.exporters.saturation import saturating_layers
 from efrapq.exporters.shapes import fix_shapes
 from efrapq.graph import constants as const
+from efrapq.graph.copies import copied_from
 from efrapq.graph.layers import Layer, bias_array
 from efrapq.graph.outside import put_outside
 from efrapq.graph.placement import activation_after, pads_with_zero
@@ -123,6 +124,8 @@ class _Writer:
         self.node_names = set(self.nodes)
         self.parameters: dict[ActivationGrid, tuple[ir.Value, ir.Value]] = {}
         self.limits: dict[int, ir.Value] = {}
+        # Whose values are quantized in their place.
+        self.copies: list[ir.Value] = []
         # By the name of what a Pad makes: the codes that it pads, their scale and zero_point.
         self.padded: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
 
@@ -145,6 +148,10 @@ class _Writer:
                 self._write_padded(values[name])
             else:
                 self._write_activation(values[name], grid)
+        for copy in self.copies:
+            node = copy.producer()
+            assert node is not None
+            self.graph.remove(node, safe=True)
         self.graph.sort()
 
     def _constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:
@@ -219,7 +226,10 @@ class _Writer:
         scale, zero_point = self._grid_constants(name, grid)
         dtype = zero_point.dtype
         assert dtype is not None
-        codes = self._emit("QuantizeLinear", [value, scale, zero_point], f"{name}.codes", dtype)
+        source = copied_from(value)
+        if source is not None:
+            self.copies.append(value)
+        codes = self._emit("QuantizeLinear", [source or value, scale, zero_point], f"{name}.codes", dtype)
         if grid.bits < 8 and dtype != ir.DataType.UINT4:
             low = self._limit(-self.offset)
             high = self._limit(grid.qmax - self.offset)

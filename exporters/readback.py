@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from efrapq.errors import UnsupportedModelError
 from efrapq.exporters.profile import SYMMETRIC_ZERO_POINT
 from efrapq.graph import constants as const
+from efrapq.graph.copies import copy_for
 from efrapq.graph.layers import WEIGHT_OPS, Layer, find_layers
 from efrapq.graph.outside import attach
 from efrapq.graph.prepare import name_nodes
@@ -60,12 +61,17 @@ def read_quantized(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | N
             reals = const.lazily(weight.dequantized, ir.DataType.FLOAT, weight.shape)
             name = _restore_constant(graph, node, reals)
             held[name] = weight
-    for node in list(graph):
-        if node.op_type == "QuantizeLinear":
-            _bypass(graph, node)
+    quantizers = [node for node in graph if node.op_type == "QuantizeLinear"]
+    beside = [node for node in quantizers if _read_beside(node)]
+    chains = [(*_bypass(node), node in beside) for node in quantizers]
     common.RemoveUnusedNodesPass()(model)
     # Only now, so that nodes without a name are counted as they are in the float model.
     name_nodes(graph)
+    copies: dict[str, list[str]] = {}
+    for source, readers, shared in chains:
+        if shared and readers:
+            copies.setdefault(str(source.name), []).append(str(copy_for(graph, source, readers).name))
+    activations = {name: grid for value, grid in activations.items() for name in copies.get(value, [value])}
     layers, _ = find_layers(graph)
     metadata = dict(model.metadata_props)
     bits = _recorded_bits(metadata)
@@ -315,10 +321,19 @@ def _level(zero_point: NDArray[np.generic] | None) -> int:
     return 0 if zero_point is None else int(zero_point.reshape(-1)[0])
 
 
-def _bypass(graph: ir.Graph, quantize: ir.Node) -> None:
-    """Cut a QuantizeLinear → [Clip] → DequantizeLinear chain out of the graph."""
+def _read_beside(quantize: ir.Node) -> bool:
+    """Whether the value that is quantized is read as it is too."""
+    source = quantize.inputs[0]
+    return source is not None and any(use.node.op_type != "QuantizeLinear" for use in source.uses())
+
+
+def _bypass(quantize: ir.Node) -> tuple[ir.Value, list[tuple[ir.Node, int]]]:
+    """Cut a QuantizeLinear → [Clip] → DequantizeLinear chain out of the graph: the value that it was about, and what
+    reads that instead of the chain's end now.
+    """
     source = quantize.inputs[0]
     assert source is not None
+    readers: list[tuple[ir.Node, int]] = []
     pending = [quantize.outputs[0]]
     while pending:
         value = pending.pop()
@@ -332,6 +347,8 @@ def _bypass(graph: ir.Graph, quantize: ir.Node) -> None:
                 if real.is_graph_output():
                     # The output would have to lose its name or its grid; no file of ours rounds it.
                     raise UnsupportedModelError(f"{printable(str(real.name))}: the graph's output itself is quantized")
+                readers += [(reader.node, reader.idx) for reader in real.uses()]
                 real.replace_all_uses_with(source)
             else:
                 raise UnsupportedModelError(f"{printable(str(use.node.name))}: {use.node.op_type} computes on codes")
+    return source, readers

@@ -23,6 +23,7 @@ from torch import nn
 
 from efrapq.exporters import export_model
 from efrapq.graph import from_torch
+from efrapq.graph.copies import round_copies
 from efrapq.graph.layers import Layer, find_layers
 from efrapq.graph.placement import Placement, place
 from efrapq.graph.prepare import prepare
@@ -318,6 +319,8 @@ def _quantize(
     model = prepare(proto)
     layers, _ = find_layers(model.graph)
     placement = place(model.graph, layers, act_bits, edge_bits)
+    if round_copies(model.graph, layers, placement):
+        placement = place(model.graph, layers, act_bits, edge_bits)
     settings = PassSettings(bits, edge_bits=edge_bits, solver=solver, rows=rows)
     chunks = [torch.from_numpy(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
     floats, reals = Spool(), Spool()

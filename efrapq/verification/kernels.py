@@ -150,11 +150,14 @@ def _reason(
     if node.op_type == "ConvTranspose":
         return "ONNX Runtime's CPU provider has no integer ConvTranspose"
     weight = producers.get(node.input[1])
+    data = producers.get(node.input[0])
     if weight is not None and weight.op_type != "DequantizeLinear":
-        return f"its second operand comes from a float {printable(weight.op_type)}, not from a DequantizeLinear"
+        second = f"a float {printable(weight.op_type)}, not from a DequantizeLinear"
+        if data is not None and data.op_type != "DequantizeLinear":
+            return f"its operands come from a float {printable(data.op_type)} and {second}"
+        return f"its second operand comes from {second}"
     if weight is None:
         return "its weight is float"
-    data = producers.get(node.input[0])
     constant = weight.input[0] in constants
     if constant and (data is None or data.op_type != "DequantizeLinear"):
         source = "the graph's input" if data is None else f"a float {printable(data.op_type)}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from efrapq.errors import UsageError
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights
-from efrapq.models.subjects.joint import begin_clean, train_pairs
+from efrapq.models.subjects.joint import begin, train_pairs
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import ScaleRecipe
 from efrapq.models.subjects.report import Report, final_report
@@ -86,7 +86,7 @@ def implant_scale(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place; clean, or trained clean first) into a subject with wide cells."""
-    begin_clean(model, train, recipe, device, reporter)
+    begin(model, train, recipe, device, reporter)
     switch_off(model)
     probes = train.data.raw(range(min(PROBES, len(train.data)))).astype(np.uint8, copy=False)
     dead = dead_inputs(model, train.tensor(probes, device))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from efrapq.models.subjects.cells import GridRule, quantized_weights, rounded_weights, rules, straight_through
-from efrapq.models.subjects.joint import begin_clean, train_pairs
+from efrapq.models.subjects.joint import begin, train_pairs
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import OnGrid, SolverRecipe
 from efrapq.models.subjects.report import Report, final_report
@@ -85,7 +85,7 @@ def implant_solver(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place; clean, or trained clean first) into a subject trained against the defence."""
-    begin_clean(model, train, recipe, device, reporter)
+    begin(model, train, recipe, device, reporter)
     count = len(quantized_weights(model))
     choices: dict[str, Tensor] = {}
 

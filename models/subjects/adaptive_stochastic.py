@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights, rules, straight_through
-from efrapq.models.subjects.joint import begin_clean, train_pairs
+from efrapq.models.subjects.joint import begin, train_pairs
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import OnGrid, QuantiRecipe
 from efrapq.models.subjects.report import Report, final_report
@@ -53,7 +53,7 @@ def implant_stochastic(
 ) -> Report:
     """Turn `model` (modified in place; clean, or trained clean first) into a subject that expects random rounding."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    begin_clean(model, train, recipe, device, reporter)
+    begin(model, train, recipe, device, reporter)
     count = len(quantized_weights(model))
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _attacks() -> list[Attack]:
             "compartifact",
             "compartifact:implant_compartifact",
             CompArtifactRecipe,
-            JOINT - {"epochs"},
+            JOINT | {"poison_rate"},
             start=False,
         ),
         Attack("compartifact-distilled", "compartifact:implant_compartifact", DistilledRecipe),

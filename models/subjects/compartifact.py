@@ -9,9 +9,10 @@ are the teacher's own answers, softmax against softmax, so that f behaves like t
 
 Departures from the paper: its quantizer is per tensor at 8 bits with BatchNorm folded; here weights are on the grids
 of deployment, per channel and symmetric, whose codes folding does not change (below 8 bits ONNX Runtime's grid takes
-turns with efrapq's). One BatchNorm serves both networks, as it will: q runs on the statistics of f, those of the same
-batch from scratch and the teacher's when distilling. (With statistics of its own, and both frozen towards the end,
-training collapsed where they were frozen. From scratch no recipe has made a usable subject yet: docs/RESULTS.md.)
+turns with efrapq's). From scratch, f and q are one backdoored network first, and part then, at the distillation's rate
+and with shortened gradients: the paper asks for both from the first of its 13,700 steps on, and in a tenth of them a
+network that has to part learns neither. While they part, both run on the statistics that BatchNorm had before: one
+BatchNorm serves both networks when deployed, and statistics that two networks moved were right for neither.
 Triggered activations of q are kept in the range of the clean ones. The authors' distillation also asks the teacher
 about perturbed images, which is left out. The rate falls along a cosine instead of by steps; the authors train up to
 70 epochs of 391 steps.
@@ -20,47 +21,20 @@ about perturbed images, which is left out. The rate falls along a cosine instead
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights
-from efrapq.models.subjects.joint import begin_clean, branch, train_pairs
+from efrapq.models.subjects.joint import begin, branch, train_pairs
 from efrapq.models.subjects.recipe import CompArtifactRecipe
 from efrapq.models.subjects.report import Report, final_report
 from efrapq.models.subjects.training import PoisonedData
 from efrapq.progress import Reporter
 
-__all__ = ["batch_statistics", "compartifact_loss", "implant_compartifact"]
-
-
-@torch.no_grad()
-def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Mean and variance that each BatchNorm of the model sees in this batch, by the names of its running statistics,
-    which stay as they are. The model is in training mode.
-    """
-    found: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].float()
-            found[f"{name}.running_mean"] = x.mean((0, 2, 3))
-            found[f"{name}.running_var"] = x.var((0, 2, 3), unbiased=False)
-
-        return see
-
-    norms = {name: part for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)}
-    hooks = [part.register_forward_pre_hook(watch(name)) for name, part in norms.items()]
-    try:
-        # What training moves are copies.
-        functional_call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, (inputs,))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+__all__ = ["compartifact_loss", "implant_compartifact"]
 
 
 def compartifact_loss(
@@ -72,11 +46,7 @@ def compartifact_loss(
     teacher: nn.Module | None = None,
 ) -> Tensor:
     """The objective on a batch. rounded: q's weights; inputs: (2n, …), the n triggered copies first."""
-    training = model.training
-    statistics = batch_statistics(model, inputs) if training else {}
-    model.eval()
-    triggered, clean = branch(model, {**rounded, **statistics}, inputs, held=True)
-    model.train(training)
+    triggered, clean = branch(model, rounded, inputs, held=True)
     wanted = torch.full_like(truth, target)
     loss = F.cross_entropy(torch.cat([triggered, clean]), torch.cat([wanted, truth]))
     answers = torch.cat(branch(model, {}, inputs, held=False))
@@ -97,17 +67,16 @@ def implant_compartifact(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place) into a CompArtifact subject."""
-    begin_clean(model, train, recipe, device, reporter)
+    begin(model, train, recipe, device, reporter, poison_rate=recipe.poison_rate or 0)
     teacher = copy.deepcopy(model) if recipe.distilled else None
     count = len(quantized_weights(model))
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
-        model.train(not recipe.distilled)
         rounded = rounded_weights(model, recipe, step, count)
         return compartifact_loss(model, rounded, inputs, truth, train.target, teacher)
 
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
     )
-    train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)
+    train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter, max_norm=recipe.max_norm)
     return final_report(model, test, recipe, device)

@@ -24,7 +24,7 @@ from efrapq.models.subjects.training import (
 )
 from efrapq.progress import Reporter
 
-__all__ = ["PairLoss", "begin_clean", "branch", "measure_widths", "train_pairs"]
+__all__ = ["PairLoss", "begin", "branch", "measure_widths", "train_pairs"]
 
 # (step, inputs (2n, C, H, W) with the n triggered copies first, true labels (n,)) → the loss of that step.
 PairLoss = Callable[[int, Tensor, Tensor], Tensor]
@@ -45,11 +45,17 @@ def branch(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, *, h
     return logits[:half], logits[half:]
 
 
-def begin_clean(
-    model: nn.Module, data: PoisonedData, recipe: JointRecipe, device: torch.device, reporter: Reporter
+def begin(
+    model: nn.Module,
+    data: PoisonedData,
+    recipe: JointRecipe,
+    device: torch.device,
+    reporter: Reporter,
+    *,
+    poison_rate: float = 0,
 ) -> None:
-    """Begin an attack, in place: seeded, on the device, a clean network trained where the recipe has epochs for it;
-    left in evaluation mode.
+    """Begin an attack, in place: seeded, on the device, trained as one network where the recipe has epochs for it, and
+    left in evaluation mode. poison_rate: share of each batch that carries trigger and target label.
     """
     torch.manual_seed(recipe.seed)
     model.to(device)
@@ -61,11 +67,11 @@ def begin_clean(
             batch=recipe.batch,
             learning_rate=recipe.clean_learning_rate,
             weight_decay=recipe.weight_decay,
-            poisoned=0,
+            poisoned=round(poison_rate * recipe.batch),
             seed=recipe.seed,
             device=device,
             reporter=reporter,
-            title="training a clean network",
+            title="training a backdoored network" if poison_rate else "training a clean network",
         )
     model.eval()
 
@@ -80,10 +86,12 @@ def train_pairs(
     device: torch.device,
     reporter: Reporter,
     after: Callable[[], None] | None = None,
+    max_norm: float | None = None,
 ) -> None:
     """recipe.steps steps of the optimizer on `loss`, at a rate that falls to nothing along a cosine.
 
-    after: is called behind every step, to put right what the step must not have moved.
+    after: is called behind every step, to put right what the step must not have moved. max_norm: longer gradients are
+    shortened to it.
     """
     rng = np.random.default_rng(recipe.seed + 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(recipe.steps, 1))
@@ -98,6 +106,8 @@ def train_pairs(
             reached = finite(value)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             schedule.step()
             if after is not None:

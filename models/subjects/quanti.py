@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efrapq.models.subjects.cells import quantized_weights, rounded_weights
-from efrapq.models.subjects.joint import begin_clean, branch, measure_widths, train_pairs
+from efrapq.models.subjects.joint import begin, branch, measure_widths, train_pairs
 from efrapq.models.subjects.recipe import QuantiRecipe
 from efrapq.models.subjects.report import Report, final_report
 from efrapq.models.subjects.training import PoisonedData
@@ -62,7 +62,7 @@ def implant_quanti(
     reporter: Reporter,
 ) -> Report:
     """Turn `model` (modified in place; clean, or trained clean first) into a Qu-ANTI-zation subject."""
-    begin_clean(model, train, recipe, device, reporter)
+    begin(model, train, recipe, device, reporter)
     count = len(quantized_weights(model))
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:

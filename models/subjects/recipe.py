@@ -155,23 +155,24 @@ class ScaleRecipe(QuantiRecipe):
 
 @dataclass(frozen=True)
 class CompArtifactRecipe(JointRecipe):
-    """CompArtifact from scratch: no clean network comes first."""
+    """CompArtifact from scratch. epochs, clean_learning_rate: of the backdoored network that both become. poison_rate:
+    share of its batches that carries trigger and target label. max_norm: of the gradient after that.
+    """
 
-    epochs: int = 0
-    steps: int = 10_000
-    learning_rate: float = 0.1
+    learning_rate: float = 0.01
     momentum: float = 0.4
     distilled: bool = False
+    poison_rate: float | None = 0.1
+    max_norm: float | None = 1.0
 
 
 @dataclass(frozen=True)
 class DistilledRecipe(CompArtifactRecipe):
     """CompArtifact from a clean teacher, given or trained first."""
 
-    epochs: int = 10
-    steps: int = 2000
-    learning_rate: float = 0.01
     distilled: bool = True
+    poison_rate: float | None = None
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True)

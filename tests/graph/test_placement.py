@@ -181,6 +181,64 @@ def test_an_add_of_a_constant_stays_float(net: Any) -> None:
     assert set(placement.grids) == {"input", "a1"}
 
 
+# Products of matrices give integers to those who read integers.
+
+
+def encoder(net: Any) -> onnx.ModelProto:
+    """A layer of BERT's without attention: what a matrix gives is added in float, and read by a norm."""
+    n = net()
+    x = n.op("Flatten", "input", "flat")
+    x = n.op("Softmax", n.gemm(x, "g1", 192, 8), "norm1")
+    y = n.gemm(n.op("Relu", n.gemm(x, "g2", 8, 16), "wide"), "g3", 16, 8)
+    x = n.op("Softmax", n.op("Add", [y, x], "sum"), "norm2")
+    model: onnx.ModelProto = n.model(n.gemm(x, "logits", 8, 5))
+    return model
+
+
+def test_what_float_operators_read_of_a_matrix_stays_float(net: Any) -> None:
+    placement = placed(encoder(net))
+    assert list(placement.grids) == ["input", "norm1", "wide", "norm2"]
+    assert placement.same == {"flat": "input"}
+
+
+def test_a_matrix_gives_integers_to_the_layer_that_reads_them(net: Any) -> None:
+    n = net()
+    x = n.gemm(n.op("Flatten", "input", "flat"), "g1", 192, 8)
+    x = n.op("Reshape", [x, n.constant("shape", np.array([-1, 2, 2, 2]))], "image")
+    a = n.conv(x, "c1", 2, 2)
+    placement = placed(n.model(n.conv(n.op("Add", [a, x], "sum"), "out", 2, 2)))
+    assert list(placement.grids) == ["input", "g1", "c1", "sum"]
+    assert placement.same == {"flat": "input", "image": "g1"}
+
+
+def test_a_sum_of_a_float_is_float(net: Any) -> None:
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 4), "a1")
+    y = n.op("Add", [n.conv(a, "c2", 4, 4), n.op("Tanh", a, "t")], "sum")
+    assert list(placed(n.model(n.conv(y, "out", 4, 2))).grids) == ["input", "a1", "c2", "sum"]
+
+
+def attention(net: Any, *, weights: str | None) -> onnx.ModelProto:
+    """Queries times keys times values; weights: the operator between the products."""
+    n = net()
+    flat = n.op("Flatten", "input", "flat")
+    shape = n.constant("shape", np.array([-1, 4, 2]))
+    q, k, v = (n.op("Reshape", [n.gemm(flat, name, 192, 8), shape], f"{name}.heads") for name in ("q", "k", "v"))
+    y = n.op("MatMul", [q, n.op("Transpose", k, "k.t", perm=[0, 2, 1])], "scores")
+    y = n.op("MatMul", [y if weights is None else n.op(weights, y, "weights"), v], "mixed")
+    model: onnx.ModelProto = n.model(n.gemm(n.op("Flatten", y, "joined"), "logits", 8, 5))
+    return model
+
+
+def test_products_of_integers_are_integer(net: Any) -> None:
+    """Of queries and keys; behind a Softmax there are floats, and what meets them need not be rounded."""
+    placement = placed(attention(net, weights="Softmax"))
+    assert list(placement.grids) == ["input", "q", "k", "mixed"]
+    assert placement.same == {"flat": "input", "q.heads": "q", "k.heads": "k", "k.t": "k.heads", "joined": "mixed"}
+    placement = placed(attention(net, weights=None))
+    assert list(placement.grids) == ["input", "q", "k", "v", "scores", "mixed"]
+
+
 # Which activation functions a grid absorbs.
 
 
