@@ -37,6 +37,8 @@ from benchmarks.encoder import HEADER as ENCODER
 from benchmarks.encoder import encoder_rows
 from benchmarks.external import HEADER as EXTERNAL
 from benchmarks.external import external_rows
+from benchmarks.sentences import HEADER as SENTENCES
+from benchmarks.sentences import sentence_rows
 from efrapq.calibration.arrays import Arrays, arrays_for
 from efrapq.calibration.signature import ModelInput, model_inputs, takes_images
 from efrapq.data import Dataset, load_dataset
@@ -351,6 +353,7 @@ def main() -> None:
     if args.page:
         pages = {title: markdown(*table) if table[1] else "Nothing measured." for title, table in shown.items()}
         pages["encoder"] = markdown(ENCODER, encoder_rows(json.loads((RESULTS / "encoder.json").read_text())))
+        pages["sentences"] = markdown(SENTENCES, sentence_rows(json.loads((RESULTS / "sentences.json").read_text())))
         for name in ("external", "inside"):
             pages[name] = markdown(EXTERNAL, external_rows(json.loads((RESULTS / f"{name}.json").read_text())))
         write_page("COMPATIBILITY", pages)

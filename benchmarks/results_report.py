@@ -255,6 +255,7 @@ def threats(table: Table) -> dict[str, str]:
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
         "promise": markdown(header, [_against(table, b) for b in honest]),
+        "promise_kept": _kept(table, honest),
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
@@ -263,6 +264,18 @@ def threats(table: Table) -> dict[str, str]:
         "noise_lost": f"{min(lost):.1f} to {max(lost):.1f}",
         "noise_awake": f"{sum(c['asr'] > 10 for _, c in noisy)} of {len(noisy)}",
     }
+
+
+def _kept(table: Table, bases: Sequence[Cell]) -> str:
+    """On how many subjects and settings the goals hold, and where they do not."""
+    pairs = [(b, c) for b in bases if (c := table.get(b, OURS))]
+    missed = []
+    for b, c in pairs:
+        lost, risen = b["float_cda"] - c["cda"], c["asr"] - b["float_asr"]
+        if lost > ALLOWED[b["bits"], b["act_bits"]] or risen > 1:
+            setting = f"W{b['bits']}A{b['act_bits']}"
+            missed.append(f"{title(b)} at {setting}, CDA {-lost:+.2f} and ASR {risen:+.2f}")
+    return f"{len(pairs) - len(missed)} of {len(pairs)}" + (f"; not {'; nor '.join(missed)}" if missed else "")
 
 
 def _most_lost(table: Table) -> str:

@@ -149,9 +149,9 @@ class _Writer:
             else:
                 self._write_activation(values[name], grid)
         for copy in self.copies:
-            node = copy.producer()
-            assert node is not None
-            self.graph.remove(node, safe=True)
+            identity = copy.producer()
+            assert identity is not None
+            self.graph.remove(identity, safe=True)
         self.graph.sort()
 
     def _constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:

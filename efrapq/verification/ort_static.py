@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 __all__ = ["quantize_with_ort"]
 
 
-def quantize_with_ort(proto: onnx.ModelProto, inputs: Sequence[NDArray[np.float32]], bits: int) -> bytes:
+def quantize_with_ort(
+    proto: onnx.ModelProto, inputs: Sequence[NDArray[np.float32]] | Sequence[Mapping[str, NDArray[Any]]], bits: int
+) -> bytes:
     """onnxruntime.quantization.quantize_static: per-channel int4 or int8 weights, uint8 activations, QDQ.
 
-    proto: a float model with BatchNorm folded. inputs: calibration batches, (n, C, H, W) float32. Everything that is
-    not named here is the tool's default (min-max calibration, its own scales).
+    proto: a float model with BatchNorm folded. inputs: calibration batches, (n, C, H, W) float32, or inputs by name.
+    Everything that is not named here is the tool's default (min-max calibration, its own scales).
     """
     import onnx_ir as ir
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -29,11 +32,13 @@ def quantize_with_ort(proto: onnx.ModelProto, inputs: Sequence[NDArray[np.float3
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._batches: Iterator[NDArray[np.float32]] = iter(inputs)
+            self._batches: Iterator[NDArray[np.float32] | Mapping[str, NDArray[Any]]] = iter(inputs)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             batch = next(self._batches, None)
-            return None if batch is None else {name: batch}
+            if batch is None:
+                return None
+            return dict(batch) if isinstance(batch, Mapping) else {name: batch}
 
     model = to_opset(ir.from_proto(proto), INT4_OPSET if bits == 4 else INT8_OPSET)
     name = str(model.graph.inputs[0].name)
