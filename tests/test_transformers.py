@@ -296,6 +296,28 @@ def test_it_answers_as_the_float_model_does_at_other_lengths(file: Path, made: D
         assert error < 0.15 * np.abs(reference).max()
 
 
+def test_one_large_value_in_what_is_added_up_costs_nothing(tmp_path: Path) -> None:
+    """As trained encoders have them: a hundred beside ones, which a normalization makes small again."""
+    proto = by_hand(bias=True)
+    held = {t.name: t for t in proto.graph.initializer}
+
+    def change(name: str, array: NDArray[np.float32]) -> None:
+        held[name].CopyFrom(numpy_helper.from_array(array, name))
+
+    bias, gains = (numpy_helper.to_array(held[f"layer.0.{n}"]).copy() for n in ("down.bias", "norm2.weight"))
+    bias[0] = 100
+    gains *= HIDDEN**-0.5 * 100  # the deviation of what is normalized
+    gains[0] = 0.1
+    change("layer.0.down.bias", bias)
+    change("layer.0.norm2.weight", gains)
+    path = tmp_path / "encoder.onnx"
+    path.write_bytes(proto.SerializeToString())
+    made = efrapq.defend(path, bits=8, calib=tokens(64))
+    feeds = tokens(200, seed=1)
+    reference = logits(open_session(path.read_bytes()), feeds)
+    assert sqnr(reference, logits(open_session(made.data), feeds)) > 20
+
+
 def test_codes_come_back_from_the_file(encoder: onnx.ModelProto, made: Defended) -> None:
     proto = onnx.load_from_string(made.data)
     back = read_quantized(proto)
