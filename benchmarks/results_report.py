@@ -107,6 +107,12 @@ def by_setting(table: Table, bits: int, act_bits: int) -> str:
     return markdown(header, rows)
 
 
+def met(base: Cell, ours: Cell) -> tuple[bool, bool]:
+    """Whether ASR stays low enough, and CDA high enough."""
+    lost = base["float_cda"] - ours["cda"]
+    return ours["asr"] <= base["float_asr"] + 1, lost <= ALLOWED[base["bits"], base["act_bits"]]
+
+
 def goals(table: Table) -> str:
     """Every subject against the goals: ASR no higher than float + 1, CDA no lower than float - what is allowed."""
     rows = []
@@ -115,9 +121,7 @@ def goals(table: Table) -> str:
             ours = table.get(base, OURS)
             if ours is None:
                 continue
-            drop = base["float_cda"] - ours["cda"]
-            asleep = ours["asr"] <= base["float_asr"] + 1
-            kept = drop <= ALLOWED[bits, act_bits]
+            asleep, kept = met(base, ours)
             rows.append(
                 [
                     title(base),
@@ -269,12 +273,12 @@ def threats(table: Table) -> dict[str, str]:
 def _kept(table: Table, bases: Sequence[Cell]) -> str:
     """On how many subjects and settings the goals hold, and where they do not."""
     pairs = [(b, c) for b in bases if (c := table.get(b, OURS))]
-    missed = []
-    for b, c in pairs:
-        lost, risen = b["float_cda"] - c["cda"], c["asr"] - b["float_asr"]
-        if lost > ALLOWED[b["bits"], b["act_bits"]] or risen > 1:
-            setting = f"W{b['bits']}A{b['act_bits']}"
-            missed.append(f"{title(b)} at {setting}, CDA {-lost:+.2f} and ASR {risen:+.2f}")
+    missed = [
+        f"{title(b)} at W{b['bits']}A{b['act_bits']}, "
+        f"CDA {c['cda'] - b['float_cda']:+.2f} and ASR {c['asr'] - b['float_asr']:+.2f}"
+        for b, c in pairs
+        if not all(met(b, c))
+    ]
     return f"{len(pairs) - len(missed)} of {len(pairs)}" + (f"; not {'; nor '.join(missed)}" if missed else "")
 
 
