@@ -56,7 +56,7 @@ def solve(
     together, RuntimeSetupError where memory runs out.
     """
     from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
-    from efrapq.graph.copies import round_copies
+    from efrapq.graph.copies import place_copies
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
     from efrapq.graph.prepare import prepare
@@ -86,13 +86,12 @@ def solve(
         else:
             images, calibration = real_inputs(data, shape, preprocess, source.name)
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
-    placement = place(model.graph, layers, act_bits, settings.edge_bits)
     record: dict[str, str] = {}
     if equalize:
+        placement = place(model.graph, layers, act_bits, settings.edge_bits)
         with _memory_named(settings.device):
             layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
-    if round_copies(model.graph, layers, placement):
-        placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    placement = place_copies(model.graph, layers, act_bits, settings.edge_bits)
     journal = None
     if output is not None:
         journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)

@@ -23,9 +23,9 @@ from torch import nn
 
 from efrapq.exporters import export_model
 from efrapq.graph import from_torch
-from efrapq.graph.copies import round_copies
+from efrapq.graph.copies import place_copies
 from efrapq.graph.layers import Layer, find_layers
-from efrapq.graph.placement import Placement, place
+from efrapq.graph.placement import Placement
 from efrapq.graph.prepare import prepare
 from efrapq.graph.quantized import QuantizedModel
 from efrapq.models import weights
@@ -318,9 +318,7 @@ def _quantize(
 ) -> Quantized:
     model = prepare(proto)
     layers, _ = find_layers(model.graph)
-    placement = place(model.graph, layers, act_bits, edge_bits)
-    if round_copies(model.graph, layers, placement):
-        placement = place(model.graph, layers, act_bits, edge_bits)
+    placement = place_copies(model.graph, layers, act_bits, edge_bits)
     settings = PassSettings(bits, edge_bits=edge_bits, solver=solver, rows=rows)
     chunks = [torch.from_numpy(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
     floats, reals = Spool(), Spool()

@@ -13,14 +13,20 @@ import onnx_ir as ir
 
 from efrapq.graph import constants as const
 from efrapq.graph.layers import Layer
-from efrapq.graph.placement import Placement, computes_integers
+from efrapq.graph.placement import Placement, computes_integers, place
 
-__all__ = ["copied_from", "copy_for", "round_copies"]
+__all__ = ["copied_from", "copy_for", "place_copies", "round_copies"]
+
+
+def place_copies(graph: ir.Graph, layers: list[Layer], act_bits: int, edge_bits: int = 8) -> Placement:
+    """`place`, on the graph with its copies, which are made here."""
+    placement = place(graph, layers, act_bits, edge_bits)
+    return place(graph, layers, act_bits, edge_bits) if round_copies(graph, layers, placement) else placement
 
 
 def round_copies(graph: ir.Graph, layers: Sequence[Layer], placement: Placement) -> int:
     """Give every placed value that a float operator makes, and that float operators read beside integer ones, a copy
-    for the integer ones; how many there are. The placement, and the layers' inputs, are to be looked up anew then.
+    for the integer ones; how many there are. With any, the placement is another.
     """
     integer = {layer.node_name for layer in layers if layer.integer}
     weighted = {layer.node_name for layer in layers}
