@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import efrapq
 from benchmarks.common import machine, save, show
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.ort_static import quantize_with_ort
-from efrapq.verification.session import Session, open_session
+from efrapq.verification.session import Session, feeds_latency, open_session
 
 CALIBRATION, BATCH, TURNS = 128, 32, 50
 DEFENDED: dict[str, dict[str, Any]] = {
@@ -86,17 +85,6 @@ def quantized(path: Path, feeds: Feeds, name: str) -> tuple[bytes, float | None]
     return made.data, float(made.evidence["flipped"])
 
 
-def latencies(sessions: Mapping[str, Session], feeds: Feeds) -> dict[str, float]:
-    """Milliseconds of one run, the median; the sessions take turns."""
-    taken: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(TURNS):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.raw.run(None, feeds)
-            taken[name].append(1e3 * (time.perf_counter() - started))
-    return {name: float(np.median(times)) for name, times in taken.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
@@ -125,7 +113,7 @@ def main() -> None:
             "kernels": {"integer": kernels.integer, "float": kernels.float},
         }
         print(name, json.dumps(document["rows"][name]), flush=True)
-    document["latency_ms"] = latencies(sessions, part(test, 0, 1))
+    document["latency_ms"] = feeds_latency(sessions, part(test, 0, 1), 1, rounds=TURNS)
     save("sentences", document)
     show(f"{document['sentences']} sentences of {document['length']} tokens", HEADER, sentence_rows(document))
 
