@@ -105,6 +105,7 @@ def load(
         found = load_onnx(source, limits=limits)
         proto = found.model
         recorded, notes = _recorded_preprocess({p.key: p.value for p in proto.metadata_props})
+        notes += _half_precision(proto)
         return FloatModel(
             proto=proto,
             name=source.name,
@@ -131,7 +132,7 @@ def load(
         format=str(source.format),
         architecture=name,
         preprocess=recorded,
-        notes=notes + unread,
+        notes=notes + exported.notes + unread,
     )
 
 
@@ -169,13 +170,27 @@ def _recorded_preprocess(metadata: dict[str, str]) -> tuple[Preprocess | None, t
         return None, (str(exc),)
 
 
+def _half_precision(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """A note where a model computes in less than float32."""
+    from efrapq.graph.widen import halves
+
+    found = halves(proto)
+    if not found:
+        return ()
+    note = f"the model holds {' and '.join(found)}: it is quantized from float32, which has all of their numbers"
+    if any(value.type.tensor_type.elem_type == 16 for value in (*proto.graph.input, *proto.graph.output)):
+        note += ", and what it takes and gives in bfloat16 is float32 in the quantized file"
+    return (note,)
+
+
 def _from_module(module: nn.Module, name: str, input_shape: tuple[int, int, int] | None) -> FloatModel:
     from efrapq.graph.from_torch import export_module
 
     if input_shape is None:
         raise UsageError(f"{name}: say what one input looks like, e.g. --input-shape 3,224,224")
+    proto = export_module(module, input_shape)
     return FloatModel(
-        proto=export_module(module, input_shape), name=name, path=None, sha256="", size=0, format="nn.Module"
+        proto=proto, name=name, path=None, sha256="", size=0, format="nn.Module", notes=_half_precision(proto)
     )
 
 

@@ -55,7 +55,7 @@ def open_calibration(
 
 def _arrays(calib: str | Path | Dataset | Mapping[str, Any] | None, inputs: Sequence[ModelInput], model: str) -> Arrays:
     if calib is None or isinstance(calib, Dataset):
-        other = next((given for given in inputs if given.is_float and given.dtype != np.float32), None)
+        other = next((given for given in inputs if given.dtype == np.float64), None)
         if other is not None:
             raise UnsupportedModelError(
                 f"{model}: its input '{printable(other.name)}' is {other.dtype}; networks in float32 are quantized: "

@@ -39,7 +39,10 @@ ELEMENT_TYPES: dict[int, np.dtype[np.generic]] = {
     9: np.dtype(np.bool_),
     10: np.dtype(np.float16),
     11: np.dtype(np.float64),
+    # NumPy has no bfloat16: a model that takes it is quantized as one that takes float32 (see `efrapq.graph.widen`).
+    16: np.dtype(np.float32),
 }
+IMAGE_TYPES = (np.float32, np.float16)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def model_inputs(proto: onnx.ModelProto, name: str) -> list[ModelInput]:
 
 def takes_images(inputs: Sequence[ModelInput]) -> bool:
     """Whether the model takes one float batch (N, C, H, W) or (N, H, W, C) and nothing else."""
-    return len(inputs) == 1 and inputs[0].dtype == np.float32 and len(inputs[0].dims or ()) == 4
+    return len(inputs) == 1 and inputs[0].dtype in IMAGE_TYPES and len(inputs[0].dims or ()) == 4
 
 
 def image_layout(inputs: Sequence[ModelInput]) -> Layout:

@@ -26,15 +26,16 @@ EXPORT_OPSET = 18
 def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.ModelProto:
     """Export in evaluation mode with a dynamic batch, BatchNorm unfolded.
 
-    input_shape: (C, H, W) of one sample, float32. Input and output are named `input` and `logits`. Raises
-    UnsupportedModelError if torch.export cannot trace the network.
+    input_shape: (C, H, W) of one sample, which has the type of the network's weights. Input and output are named
+    `input` and `logits`. Raises UnsupportedModelError if torch.export cannot trace the network.
     """
     import torch
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
     modes = [(part, part.training) for part in module.modules()]
-    sample = torch.zeros(2, *input_shape, device=_device_of(module))
+    device, dtype = _device_and_type(module)
+    sample = torch.zeros(2, *input_shape, device=device, dtype=dtype)
     try:
         module.eval()
         with _quiet():
@@ -71,12 +72,13 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> onnx.Model
     return proto
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """Where the network's tensors are; the CPU if it has none."""
+def _device_and_type(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the network's tensors are and what its real ones are; the CPU and float32 if it has none."""
     import torch
 
-    held = next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if held is None else held.device
+    held = list(itertools.chain(module.parameters(), module.buffers()))
+    dtype = next((tensor.dtype for tensor in held if tensor.is_floating_point()), torch.float32)
+    return held[0].device if held else torch.device("cpu"), dtype
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class ImageTests:
                 x = dataset.inputs(indices, self.preprocess)
                 require_fit(sessions["defended"], x, dataset.name)
                 filled = _filled(x, sessions["defended"].images_run(len(x)))
-                feeds = {name: {session.input_name: filled} for name, session in sessions.items()}
+                feeds = {name: session.images(filled) for name, session in sessions.items()}
                 compared.run(feeds, len(filled), len(x))
                 task.advance("", len(x))
         figures = no_figures()
@@ -201,7 +201,7 @@ def _first_run(session: Session, dataset: Dataset, preprocess: Preprocess) -> _F
     x = dataset.inputs([0], preprocess)
     require_fit(session, x, dataset.name)
     count = session.images_run(1)
-    outputs = session.run({session.input_name: _filled(x, count)})
+    outputs = session.run(session.images(_filled(x, count)))
     first, is_scored = outputs[0], is_float(session.raw.get_outputs()[0])
     arrays = [output for output in outputs if isinstance(output, np.ndarray)]
     scores = class_scores(first, count) if is_scored else None

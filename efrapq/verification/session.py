@@ -71,7 +71,8 @@ class Session:
             raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
 
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The first output for a batch of inputs. A model with a fixed batch is fed in pieces, padded at the end.
+        """The first output for a batch of inputs, which a model of float16 gets and gives in that. A model with a fixed
+        batch is fed in pieces, padded at the end.
 
         Raises UnsupportedModelError if the runtime does not run the model on them.
         """
@@ -84,6 +85,11 @@ class Session:
             padded = np.concatenate([piece, np.repeat(piece[-1:], fixed - len(piece), 0)])
             parts.append(self._run(padded)[: len(piece)])
         return np.concatenate(parts)
+
+    def images(self, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """What `run` takes for a batch of images: in the type that the model takes them in, which float16 may be."""
+        half = self.raw.get_inputs()[0].type == "tensor(float16)"
+        return {self.input_name: x.astype(np.float16) if half else x}
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[int] = ()) -> list[Any]:
         """The outputs at these positions, or else all, for one run; feeds: input name → array. Tensors are arrays.
@@ -110,11 +116,12 @@ class Session:
 
     def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
-            return np.atleast_1d(np.asarray(self.raw.run(None, {self.input_name: x})[0]))
+            found = np.atleast_1d(np.asarray(self.raw.run(None, self.images(x))[0]))
         except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
             raise UnsupportedModelError(
                 f"ONNX Runtime does not run the model on an input of {shape_words(x.shape)}: {_first_line(exc)}"
             ) from exc
+        return found.astype(np.float32) if found.dtype == np.float16 else found
 
 
 def open_model(

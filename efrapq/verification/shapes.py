@@ -51,6 +51,7 @@ def graph_shapes(
     known, batch = _inferred(original, inputs or {})
     symbols = _symbols(optimized, known)
     constants = {t.name: tuple(t.dims) for t in optimized.graph.initializer}
+    numbers = _small_integers(optimized)
     recorded = {
         v.name: found
         for v in [*optimized.graph.input, *optimized.graph.value_info, *optimized.graph.output]
@@ -58,7 +59,7 @@ def graph_shapes(
     }
     dims: dict[str, Shape] = {n: known[n] for v in optimized.graph.input if (n := v.name) in known} | constants
     for node in optimized.graph.node:
-        carried = _carried(node, dims, known)
+        carried = _carried(node, dims, known, numbers)
         for position, name in enumerate(node.output):
             shape = known.get(name, recorded.get(name)) if carried is None or position else carried
             if name and shape is not None:
@@ -154,8 +155,25 @@ def _symbols(optimized: onnx.ModelProto, known: Mapping[str, Shape]) -> dict[str
     return found
 
 
-def _carried(node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str, Shape]) -> Shape | None:
-    """The first output's shape from the inputs' for an operator that optimization may have made; None if unknown."""
+def _small_integers(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """The initializers that can be shapes, axes or sizes."""
+    from onnx import TensorProto, numpy_helper
+
+    return {
+        tensor.name: [int(number) for number in numpy_helper.to_array(tensor).reshape(-1)]
+        for tensor in model.graph.initializer
+        if tensor.data_type in (TensorProto.INT32, TensorProto.INT64)
+        and tensor.data_location != tensor.EXTERNAL
+        and tensor.ByteSize() <= READ_BY_INFERENCE
+    }
+
+
+def _carried(
+    node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str, Shape], numbers: Mapping[str, list[int]]
+) -> Shape | None:
+    """The first output's shape from the inputs' for an operator that optimization may have made or moved to another
+    layout; None if unknown.
+    """
     if node.domain == NCHWC and (named := known.get(node.name.removesuffix("_nchwc"))) is not None:
         # The runtime names the node after the value that it replaces; its own sizes have padded channels.
         return named
@@ -168,6 +186,14 @@ def _carried(node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str
         return tuple(data[i] for i in order) if sorted(order) == list(range(len(data))) else None
     if op in SAME_AS_FIRST:
         return data
+    if op == "ReorderInput":  # into NCHWc, whose sizes are told as those of NCHW
+        return (data[0], data[-1], *data[1:-1]) if found.get("channels_last") else data
+    if op == "ReorderOutput" and len(data) > 2:
+        channels, places = int(found.get("channels", data[1])), data[2:]
+        return (data[0], *places, channels) if found.get("channels_last") else (data[0], channels, *places)
+    if op in ("Slice", "Pad"):
+        given = [numbers.get(name) if name else [] for name in node.input[1:]]
+        return _sliced(data, given) if op == "Slice" else _padded(data, given[:1] + given[2:])
     if op in BROADCAST:
         return _broadcast([dims.get(node.input[i]) for i in BROADCAST[op] if i < len(node.input)])
     if op == "QLinearConcat" or op in CONVS | POOLS | GLOBAL_POOLS:
@@ -185,6 +211,43 @@ def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
         return tuple(np.broadcast_shapes(*present))
     except ValueError:
         return None
+
+
+def _sliced(data: Shape, given: Sequence[list[int] | None]) -> Shape | None:
+    """Sizes behind a Slice. given: starts, ends, axes and steps, empty where left out, None where they are computed;
+    None for these and for what makes no sense.
+    """
+    stated = [numbers for numbers in given if numbers is not None]
+    if len(stated) < max(len(given), 2):
+        return None
+    starts, ends, axes, steps = (*stated, [], [])[:4]
+    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
+    if (
+        len(starts) != len(ends)
+        or not len(axes) == len(steps) == len(starts)
+        or 0 in steps
+        or not all(-len(data) <= a < len(data) for a in axes)
+    ):
+        return None
+    sizes = list(data)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        sizes[axis] = len(range(data[axis])[start:end:step])
+    return tuple(sizes)
+
+
+def _padded(data: Shape, given: Sequence[list[int] | None]) -> Shape | None:
+    """Sizes behind a Pad. given: pads and axes, as for a Slice."""
+    stated = [numbers for numbers in given if numbers is not None]
+    if len(stated) < max(len(given), 1):
+        return None
+    pads, axes = (*stated, [])[:2]
+    axes = axes or list(range(len(data)))
+    if len(pads) != 2 * len(axes) or not all(-len(data) <= axis < len(data) for axis in axes):
+        return None
+    sizes = list(data)
+    for position, axis in enumerate(axes):
+        sizes[axis] += pads[position] + pads[position + len(axes)]
+    return tuple(sizes) if min(sizes, default=0) >= 0 else None
 
 
 def _concatenated(node: onnx.NodeProto, dims: Mapping[str, Shape], found: Mapping[str, Any]) -> Shape | None:

@@ -342,8 +342,11 @@ class _Verifier:
         from efrapq.exporters import PROFILES, export_parts
         from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
         from efrapq.graph.prepare import prepare
+        from efrapq.graph.widen import runnable
 
-        sessions["float"] = open_model(self.source.proto, self.source.outside, threads=threads, keep_graph=False)
+        runs, outside = runnable(self.source.proto, self.source.outside)
+        sessions["float"] = open_model(runs, outside, threads=threads, keep_graph=False)
+        del runs, outside
         tests.require(sessions["float"], self.source.name)
         if self.quantized is None:
             return None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
 from efrapq.errors import UnsupportedModelError
-from efrapq.graph.from_torch import _device_of, export_module
+from efrapq.graph.from_torch import _device_and_type, export_module
+from efrapq.graph.widen import widen
+from efrapq.loading import load
 
 
 class Branching(nn.Module):
@@ -46,10 +50,24 @@ def test_the_graph_says_nothing_of_this_installation() -> None:
     assert export_module(network, (3, 8, 8)).SerializeToString() == exported
 
 
-def test_the_sample_goes_where_the_network_is() -> None:
-    assert _device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
-    assert _device_of(nn.BatchNorm2d(2, affine=False, device="meta")) == torch.device("meta")
-    assert _device_of(nn.ReLU()) == torch.device("cpu")
+def test_the_sample_is_where_and_what_the_network_is() -> None:
+    meta = torch.device("meta")
+    assert _device_and_type(nn.Linear(2, 2, device="meta")) == (meta, torch.float32)
+    assert _device_and_type(nn.BatchNorm2d(2, affine=False, device="meta")) == (meta, torch.float32)
+    assert _device_and_type(nn.ReLU()) == (torch.device("cpu"), torch.float32)
+    assert _device_and_type(nn.BatchNorm2d(2, affine=False).half()) == (torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision(dtype: torch.dtype) -> None:
+    """Its graph is of one type; traced with a float32 sample it would be of two, and no valid graph."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(dtype)
+    found = load(network, input_shape=(3, 8, 8))
+    expected = {torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16}[dtype]
+    graph = found.proto.graph
+    assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {expected}
+    assert any(str(dtype).removeprefix("torch.") in note for note in found.notes)
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(widen(found.proto), strict_mode=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
