@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from efrapq.verification.shapes import CONVS, Shape, Shapes, attributes
@@ -125,34 +124,16 @@ def _constants(graph: onnx.GraphProto) -> list[tuple[str, onnx.TensorProto]]:
 def _value_bytes(optimized: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
     """Bytes for one sample of each value whose size is known; what does not depend on the inputs has no batch."""
     graph = optimized.graph
-    constants = {t.name: t.data_type for t in graph.initializer}
-    typed = {
-        v.name: v.type.tensor_type.elem_type
-        for v in [*graph.input, *graph.value_info, *graph.output]
-        if v.type.tensor_type.elem_type
-    }
-    types = {v.name: typed.get(v.name, 0) for v in graph.input} | constants
-    fed = {v.name for v in graph.input} - constants.keys()
+    constants = {t.name for t in graph.initializer}
+    fed = {v.name for v in graph.input} - constants
     for node in graph.node:
-        computed = _output_type(node, types)
-        for name in node.output:
-            types[name] = typed.get(name, computed)
         if fed.intersection(node.input):
             fed.update(node.output)
     return {
-        name: _bytes(shape, types[name]) // (shapes.batch if name in fed else 1)
+        name: _bytes(shape, shapes.types[name]) // (shapes.batch if name in fed else 1)
         for name, shape in shapes.dims.items()
-        if types.get(name) and name not in constants
+        if shapes.types.get(name) and name not in constants
     }
-
-
-def _output_type(node: onnx.NodeProto, types: Mapping[str, int]) -> int:
-    """For values whose type the optimized graph does not record: the runtime's own operators. 0 if unknown."""
-    if node.op_type == "QuantizeLinear" and len(node.input) > 2:
-        return types.get(node.input[2], 2)
-    if node.op_type == "DequantizeLinear":
-        return types.get(node.input[1], 1)
-    return types.get(node.input[0], 0) if node.input else 0
 
 
 def _bytes(shape: Shape, data_type: int) -> int:

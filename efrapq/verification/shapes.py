@@ -1,7 +1,8 @@
 """Sizes of the values of an optimized graph, for one sample, from inferred shapes.
 
 ONNX Runtime renames what it rewrites and records no shapes behind its own layout changes (channels last, NCHWc), so
-the file's shapes are inferred by onnx and carried through the operators that appear only in the optimized graph.
+the file's shapes are inferred by onnx and carried through the operators that appear only in the optimized graph, and
+through all others by what ONNX says of each (`node_shapes`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from efrapq.verification.node_shapes import computed_numbers, inferred, small_constants
 
 if TYPE_CHECKING:
     import onnx
@@ -34,9 +37,12 @@ CONVS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFused
 
 @dataclass(frozen=True)
 class Shapes:
-    """dims: value name → dimensions, for the values that are known. batch: the samples that these dimensions hold."""
+    """dims: value name → dimensions, for the values that are known. types: value name → element type
+    (TensorProto.DataType), 0 or missing where it is not known. batch: the samples that these dimensions hold.
+    """
 
     dims: Mapping[str, Shape]
+    types: Mapping[str, int]
     batch: int = 1
 
 
@@ -51,20 +57,41 @@ def graph_shapes(
     known, batch = _inferred(original, inputs or {})
     symbols = _symbols(optimized, known)
     constants = {t.name: tuple(t.dims) for t in optimized.graph.initializer}
-    numbers = _small_integers(optimized)
     recorded = {
         v.name: found
         for v in [*optimized.graph.input, *optimized.graph.value_info, *optimized.graph.output]
         if (found := _concrete(v, symbols)) is not None
     }
     dims: dict[str, Shape] = {n: known[n] for v in optimized.graph.input if (n := v.name) in known} | constants
+    opset = next((o.version for o in optimized.opset_import if o.domain in ("", "ai.onnx")), 1)
+    stated = [*optimized.graph.input, *optimized.graph.value_info, *optimized.graph.output]
+    types = {v.name: v.type.tensor_type.elem_type for v in stated if v.type.tensor_type.elem_type}
+    types |= {t.name: t.data_type for t in optimized.graph.initializer}
+    numbers = small_constants(optimized.graph)
     for node in optimized.graph.node:
-        carried = _carried(node, dims, known, numbers)
+        carried = _carried(node, dims, known)
+        by_schema = inferred(node, dims, types, numbers, opset)
         for position, name in enumerate(node.output):
-            shape = known.get(name, recorded.get(name)) if carried is None or position else carried
+            kind, shape = by_schema.get(name, (0, None))
+            if carried is not None and not position:
+                shape = carried
+            elif shape is None:
+                shape = known.get(name, recorded.get(name))
             if name and shape is not None:
                 dims[name] = shape
-    return Shapes(dims, batch)
+            if name:
+                types.setdefault(name, kind or _output_type(node, types))
+        numbers |= computed_numbers(node, dims, numbers, opset)
+    return Shapes(dims, types, batch)
+
+
+def _output_type(node: onnx.NodeProto, types: Mapping[str, int]) -> int:
+    """For values whose type the optimized graph does not record: the runtime's own operators. 0 if unknown."""
+    if node.op_type == "QuantizeLinear" and len(node.input) > 2:
+        return types.get(node.input[2], 2)
+    if node.op_type == "DequantizeLinear":
+        return types.get(node.input[1], 1)
+    return types.get(node.input[0], 0) if node.input else 0
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -155,25 +182,8 @@ def _symbols(optimized: onnx.ModelProto, known: Mapping[str, Shape]) -> dict[str
     return found
 
 
-def _small_integers(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """The initializers that can be shapes, axes or sizes."""
-    from onnx import TensorProto, numpy_helper
-
-    return {
-        tensor.name: [int(number) for number in numpy_helper.to_array(tensor).reshape(-1)]
-        for tensor in model.graph.initializer
-        if tensor.data_type in (TensorProto.INT32, TensorProto.INT64)
-        and tensor.data_location != tensor.EXTERNAL
-        and tensor.ByteSize() <= READ_BY_INFERENCE
-    }
-
-
-def _carried(
-    node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str, Shape], numbers: Mapping[str, list[int]]
-) -> Shape | None:
-    """The first output's shape from the inputs' for an operator that optimization may have made or moved to another
-    layout; None if unknown.
-    """
+def _carried(node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str, Shape]) -> Shape | None:
+    """The first output's shape from the inputs' for an operator that optimization may have made; None if unknown."""
     if node.domain == NCHWC and (named := known.get(node.name.removesuffix("_nchwc"))) is not None:
         # The runtime names the node after the value that it replaces; its own sizes have padded channels.
         return named
@@ -191,11 +201,10 @@ def _carried(
     if op == "ReorderOutput" and len(data) > 2:
         channels, places = int(found.get("channels", data[1])), data[2:]
         return (data[0], *places, channels) if found.get("channels_last") else (data[0], channels, *places)
-    if op in ("Slice", "Pad"):
-        given = [numbers.get(name) if name else [] for name in node.input[1:]]
-        return _sliced(data, given) if op == "Slice" else _padded(data, given[:1] + given[2:])
     if op in BROADCAST:
         return _broadcast([dims.get(node.input[i]) for i in BROADCAST[op] if i < len(node.input)])
+    if op == "FusedMatMul":
+        return _multiplied(data, dims.get(node.input[1]), found)
     if op == "QLinearConcat" or op in CONVS | POOLS | GLOBAL_POOLS:
         return _spatial(node, data, dims, found) if op != "QLinearConcat" else _concatenated(node, dims, found)
     return None
@@ -213,41 +222,14 @@ def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
         return None
 
 
-def _sliced(data: Shape, given: Sequence[list[int] | None]) -> Shape | None:
-    """Sizes behind a Slice. given: starts, ends, axes and steps, empty where left out, None where they are computed;
-    None for these and for what makes no sense.
-    """
-    stated = [numbers for numbers in given if numbers is not None]
-    if len(stated) < max(len(given), 2):
+def _multiplied(left: Shape, right: Shape | None, found: Mapping[str, Any]) -> Shape | None:
+    """Sizes of a product of matrices, each of which may be taken transposed. Batches are where MatMul has them."""
+    if right is None or min(len(left), len(right)) < 2 or found.get("transBatchA") or found.get("transBatchB"):
         return None
-    starts, ends, axes, steps = (*stated, [], [])[:4]
-    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
-    if (
-        len(starts) != len(ends)
-        or not len(axes) == len(steps) == len(starts)
-        or 0 in steps
-        or not all(-len(data) <= a < len(data) for a in axes)
-    ):
+    batch = _broadcast([left[:-2], right[:-2]])
+    if batch is None:
         return None
-    sizes = list(data)
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        sizes[axis] = len(range(data[axis])[start:end:step])
-    return tuple(sizes)
-
-
-def _padded(data: Shape, given: Sequence[list[int] | None]) -> Shape | None:
-    """Sizes behind a Pad. given: pads and axes, as for a Slice."""
-    stated = [numbers for numbers in given if numbers is not None]
-    if len(stated) < max(len(given), 1):
-        return None
-    pads, axes = (*stated, [])[:2]
-    axes = axes or list(range(len(data)))
-    if len(pads) != 2 * len(axes) or not all(-len(data) <= axis < len(data) for axis in axes):
-        return None
-    sizes = list(data)
-    for position, axis in enumerate(axes):
-        sizes[axis] += pads[position] + pads[position + len(axes)]
-    return tuple(sizes) if min(sizes, default=0) >= 0 else None
+    return (*batch, left[-1] if found.get("transA") else left[-2], right[-2] if found.get("transB") else right[-1])
 
 
 def _concatenated(node: onnx.NodeProto, dims: Mapping[str, Shape], found: Mapping[str, Any]) -> Shape | None:

@@ -1,0 +1,133 @@
+"""Sizes of all values of optimized graphs, against those that they have when ONNX Runtime runs the graph."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper, parser
+
+from efrapq.verification.cost import activation_peak
+from efrapq.verification.session import open_session
+from efrapq.verification.shapes import NCHWC, Shapes, graph_shapes
+
+DYNAMIC = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    m (float[N, 6, H, W] x) => (float[M, K] y) {
+        s = Shape (x)
+        n = Slice (s, zero, one)
+        rest = Slice (s, one, four)
+        product = ReduceProd <keepdims = 1> (rest)
+        target = Concat <axis = 0> (n, product)
+        rows = Reshape (x, target)
+        count = Squeeze (product)
+        positions = Range (start, count, step)
+        scaled = Cast <to = 1> (positions)
+        wide = Expand (scaled, target)
+        sum = Add (rows, wide)
+        a, b = Split <axis = 1> (sum)
+        y = Mul (a, b)
+    }
+"""
+
+
+def optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
+    return open_session(proto.SerializeToString()).optimized
+
+
+def run_all(proto: onnx.ModelProto, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Every value that the standard's or the runtime's own operators make, but those in NCHWc, which are padded."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    names = [name for node in copy.graph.node if node.domain != NCHWC for name in node.output if name]
+    stated = {value.name for value in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in stated)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def check(proto: onnx.ModelProto, feeds: dict[str, NDArray[Any]]) -> Shapes:
+    graph = optimized(proto)
+    shapes = graph_shapes(proto, graph, {name: list(array.shape) for name, array in feeds.items()})
+    for name, array in run_all(graph, feeds).items():
+        assert shapes.dims.get(name) == array.shape, name
+        assert shapes.types.get(name) == helper.np_dtype_to_tensor_dtype(array.dtype), name
+    assert activation_peak(graph, shapes) is not None
+    return shapes
+
+
+def test_sizes_that_are_computed_in_the_graph() -> None:
+    proto = parser.parse_model(DYNAMIC)
+    for name, numbers in (("zero", [0]), ("one", [1]), ("four", [4]), ("start", 0), ("step", 1)):
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+    shapes = check(proto, {"x": np.zeros((1, 6, 4, 5), np.float32)})
+    assert shapes.dims["y"] == (1, 60)
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "weight-only", "portable"])
+def test_convolutional_networks_in_all_their_layouts(
+    residual_net: Any, varied_net: Any, quantize: Any, images: Any, form: str
+) -> None:
+    """Float convolutions run in NCHWc, integer ones with channels last, and what stands between is moved."""
+    for net in (residual_net(), varied_net()):
+        if form == "float":
+            proto = net
+        else:
+            made = quantize(net, images(8), **({"act_bits": 32} if form == "weight-only" else {}))
+            proto = made.export("portable" if form == "portable" else "ort-x86")
+        check(proto, {"input": images(1)})
+
+
+def test_a_shortcut_that_is_sliced_and_padded(net: Any, quantize: Any, images: Any) -> None:
+    """As in ResNet-20 for CIFAR: the runtime moves Slice and Pad behind its transposes, and names no sizes there."""
+    n = net()
+    a = n.op("Relu", n.conv("input", "c1", 3, 8), "a1")
+    b = n.conv(a, "c2", 8, 16, strides=[2, 2])
+    starts, ends, axes, steps = (
+        n.constant(name, np.array(numbers, np.int64))
+        for name, numbers in (("starts", [0, 0]), ("ends", [8, 8]), ("axes", [2, 3]), ("steps", [2, 2]))
+    )
+    sliced = n.op("Slice", [a, starts, ends, axes, steps], "sliced")
+    padded = n.op("Pad", [sliced, n.constant("pads", np.array([0, 4, 0, 0, 0, 4, 0, 0], np.int64))], "padded")
+    c = n.op("Relu", n.op("Add", [b, padded], "sum"), "a2")
+    proto = n.model(n.gemm(n.op("Flatten", n.op("GlobalAveragePool", c, "gap"), "flat"), "logits", 16, 5))
+    for form in (proto, quantize(proto, images(8)).export()):
+        check(form, {"input": images(1)})
+
+
+def test_a_size_that_only_the_data_know_is_null(make_model: Callable[..., onnx.ModelProto]) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["places"]), helper.make_node("Cast", ["places"], ["y"], to=1)]
+    proto = make_model(nodes, {"x": (1, 8)}, {"y": None})
+    graph = optimized(proto)
+    shapes = graph_shapes(proto, graph)
+    assert "y" not in shapes.dims
+    assert activation_peak(graph, shapes) is None
+
+
+def test_numbers_of_any_size_take_no_memory() -> None:
+    """A Range of 2^40 numbers has a size; its numbers are nobody's business."""
+    proto = parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        m (float[N, 4] x) => (int64[K] y, float[L] z) {
+            y = Range (start, limit, step)
+            z = ConstantOfShape (vast)
+        }
+        """
+    )
+    for name, numbers in (("start", 0), ("limit", 1 << 40), ("step", 1), ("vast", [1 << 40])):
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+    tracemalloc.start()
+    shapes = graph_shapes(proto, proto)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (shapes.dims["y"], shapes.dims["z"]) == ((1 << 40,), (1 << 40,))
+    assert peak < 1 << 24
