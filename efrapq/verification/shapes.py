@@ -7,8 +7,9 @@ through all others by what ONNX says of each (`node_shapes`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from efrapq.verification.node_shapes import computed_numbers, inferred, small_constants
@@ -31,6 +32,7 @@ SAME_AS_FIRST = frozenset(
 )  # fmt: skip
 BROADCAST = {"Add": (0, 1), "Mul": (0, 1), "Sub": (0, 1), "QLinearAdd": (0, 3), "QLinearMul": (0, 3)}
 POOLS = frozenset({"MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool"})
+FLOATS_OF_INTEGERS = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool"})
 CONVS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFusedConv"})
 
@@ -56,41 +58,57 @@ def graph_shapes(
     """
     known, batch = _inferred(original, inputs or {})
     symbols = _symbols(optimized, known)
-    constants = {t.name: tuple(t.dims) for t in optimized.graph.initializer}
-    recorded = {
-        v.name: found
-        for v in [*optimized.graph.input, *optimized.graph.value_info, *optimized.graph.output]
-        if (found := _concrete(v, symbols)) is not None
-    }
-    dims: dict[str, Shape] = {n: known[n] for v in optimized.graph.input if (n := v.name) in known} | constants
-    opset = next((o.version for o in optimized.opset_import if o.domain in ("", "ai.onnx")), 1)
     stated = [*optimized.graph.input, *optimized.graph.value_info, *optimized.graph.output]
+    recorded = {v.name: shape for v in stated if (shape := _concrete(v, symbols)) is not None}
+    dims = {n: known[n] for v in optimized.graph.input if (n := v.name) in known}
+    types = _walk(optimized, dims, partial(_carried, known=known), recorded | known)
+    return Shapes(dims, types, batch)
+
+
+def _walk(
+    model: onnx.ModelProto,
+    dims: dict[str, Shape],
+    first: Callable[[onnx.NodeProto, Mapping[str, Shape]], Shape | None],
+    otherwise: Mapping[str, Shape],
+) -> dict[str, int]:
+    """Add the sizes of all values to `dims`, which has the inputs', node by node; returns the element types.
+
+    first: what knows an operator's first output before ONNX's inference is asked. otherwise: sizes where that fails.
+    """
+    graph = model.graph
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    stated = [*graph.input, *graph.value_info, *graph.output]
     types = {v.name: v.type.tensor_type.elem_type for v in stated if v.type.tensor_type.elem_type}
-    types |= {t.name: t.data_type for t in optimized.graph.initializer}
-    numbers = small_constants(optimized.graph)
-    for node in optimized.graph.node:
-        carried = _carried(node, dims, known)
+    types |= {t.name: t.data_type for t in graph.initializer}
+    dims |= {t.name: tuple(t.dims) for t in graph.initializer}
+    numbers = small_constants(graph)
+    for node in graph.node:
+        told = first(node, dims)
         by_schema = inferred(node, dims, types, numbers, opset)
         for position, name in enumerate(node.output):
             kind, shape = by_schema.get(name, (0, None))
-            if carried is not None and not position:
-                shape = carried
+            if told is not None and not position:
+                shape = told
             elif shape is None:
-                shape = known.get(name, recorded.get(name))
+                shape = otherwise.get(name)
             if name and shape is not None:
                 dims[name] = shape
             if name:
                 types.setdefault(name, kind or _output_type(node, types))
         numbers |= computed_numbers(node, dims, numbers, opset)
-    return Shapes(dims, types, batch)
+    return types
 
 
 def _output_type(node: onnx.NodeProto, types: Mapping[str, int]) -> int:
-    """For values whose type the optimized graph does not record: the runtime's own operators. 0 if unknown."""
+    """For values whose type the optimized graph does not record: the runtime's own operators. 0 if unknown. QGemm gives
+    floats unless it has a scale for its output.
+    """
     if node.op_type == "QuantizeLinear" and len(node.input) > 2:
         return types.get(node.input[2], 2)
     if node.op_type == "DequantizeLinear":
         return types.get(node.input[1], 1)
+    if node.op_type in FLOATS_OF_INTEGERS or (node.op_type == "QGemm" and not "".join(node.input[7:])):
+        return 1
     return types.get(node.input[0], 0) if node.input else 0
 
 
@@ -120,11 +138,15 @@ def _inferred(original: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) ->
             elif len(sizes) == len(dims):
                 dim.dim_value = sizes[axis]
     try:
-        slim = onnx.shape_inference.infer_shapes(slim, data_prop=True)
+        # Without data propagation, which computes a vast Range number by number; `_walk` follows what is small.
+        slim = onnx.shape_inference.infer_shapes(slim)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return {}, batch  # unknown shapes are a result: the figures that need them are null
     values = [*slim.graph.input, *slim.graph.value_info, *slim.graph.output]
-    return {v.name: shape for v in values if (shape := _concrete(v, {})) is not None}, batch
+    known = {v.name: shape for v in values if (shape := _concrete(v, {})) is not None}
+    dims = {v.name: known[v.name] for v in slim.graph.input if v.name in known}
+    _walk(slim, dims, lambda node, dims: None, known)
+    return dims, batch
 
 
 def _batch(shapes: Sequence[Sequence[int]]) -> int:
