@@ -27,6 +27,11 @@ FLOAT_OPS = {
 }
 
 
+# Of ONNX Runtime's own: those that are heavy without a constant matrix, and those whose matrices are looked up in.
+HEAVY_OWN = frozenset({"FusedMatMul", "MultiHeadAttention", "GroupQueryAttention"})
+TABLES_OWN = frozenset({"EmbedLayerNormalization"})
+
+
 @dataclass(frozen=True)
 class Layer:
     """One node with a constant weight.
@@ -85,6 +90,7 @@ def find_layers(graph: ir.Graph) -> tuple[list[Layer], list[Skipped]]:
     for node in graph:
         skipped += _inside(node)
         if node.domain not in ("", "ai.onnx"):
+            skipped += _own(node)
             continue
         if node.op_type in FLOAT_OPS:
             skipped.append(Skipped(str(node.name), node.op_type, FLOAT_OPS[node.op_type]))
@@ -123,6 +129,14 @@ def _inside(node: ir.Node) -> Iterator[Skipped]:
                 if inner.op_type in WEIGHT_OPS | FLOAT_OPS.keys() and inner.domain in ("", "ai.onnx"):
                     name = str(inner.name or inner.outputs[0].name)
                     yield Skipped(name, inner.op_type, f"it stands inside a subgraph of {node.op_type} {node.name}")
+
+
+def _own(node: ir.Node) -> Iterator[Skipped]:
+    """A heavy operator of ONNX Runtime's own: one that holds a matrix, or multiplies two."""
+    held = (const.constant_or_none(value) for value in node.inputs)
+    matrices = any(tensor is not None and len(const.sizes(tensor)) > 1 for tensor in held)
+    if node.op_type in HEAVY_OWN or (matrices and node.op_type not in TABLES_OWN):
+        yield Skipped(str(node.name), node.op_type, f"an operator of {node.domain}, not of the ONNX standard")
 
 
 def _layer(node: ir.Node) -> Layer | Skipped:

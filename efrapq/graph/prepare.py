@@ -1,9 +1,10 @@
 """From any float ONNX graph to the one that is quantized: simplified, BatchNorm folded, normalized.
 
-After `prepare`: half precision is single precision, constants are initializers, every node has a unique name, every
-weight has one reader, BatchNorm after a linear layer is gone, a mean over height and width is a GlobalAveragePool, Gemm
-has alpha = beta = 1, padding is in numbers where it does not depend on a size that is dynamic. The result depends on
-the model alone, so that a file and its float reference can be matched layer by layer.
+After `prepare`: half precision is single, what ONNX Runtime has fused is the standard's again, constants are
+initializers, every node has a unique name, every weight has one reader, BatchNorm after a linear layer is gone, a mean
+over height and width is a GlobalAveragePool, Gemm has alpha = beta = 1, padding is in numbers where it does not depend
+on a size that is dynamic. The result depends on the model alone, so that a file and its float reference can be matched
+layer by layer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from efrapq.graph.identity import drop_identities
 from efrapq.graph.older_opset import at_least
 from efrapq.graph.outside import attach, fold_moves
 from efrapq.graph.padding import explicit_padding
+from efrapq.graph.unfuse import unfuse
 from efrapq.graph.widen import widen, widen_attached
 from efrapq.io import data_as_inputs, printable
 
@@ -46,7 +48,7 @@ RANDOM_OPS = frozenset(
 
 def simplify(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | None = None) -> ir.Model:
     """The first half of `prepare`: simplified and named, with BatchNorm still in the graph."""
-    plain = widen(plain_dialect(data_as_inputs(proto)), outside or ())
+    plain = unfuse(widen(plain_dialect(data_as_inputs(proto)), outside or ()))
     _refuse_endless(plain)
     simplified = fold_constants(at_least(plain, LOWEST_OPSET))
     _refuse_endless(simplified)  # once more: a number of trips may have been computed

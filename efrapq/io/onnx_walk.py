@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Contents", "FunctionKey", "check_functions", "survey"]
 
+# Of ONNX Runtime's rewritten graphs: their weights are in blocks for one kind of CPU.
+NCHWC = "com.microsoft.nchwc"
 STANDARD_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 """Operators that ONNX Runtime has without any other library."""
 
@@ -142,6 +144,11 @@ def check_functions(contents: Contents, name: str, allow_domains: Iterable[str],
         for node, _ in contents.nodes
         if node.domain not in known and function_key(node) not in functions
     }
+    if any(operator.startswith(NCHWC) for operator in custom):
+        raise UnsupportedModelError(
+            f"{name}: was saved by ONNX Runtime after optimizations for one kind of CPU (operators of "
+            "com.microsoft.nchwc); give the model that it was made from"
+        )
     if custom:
         raise UnsupportedModelError(
             f"{name}: operators that need a custom library: {listing(sorted(custom))}; "
