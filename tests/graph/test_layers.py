@@ -133,10 +133,13 @@ def test_a_weight_that_is_a_graph_input_with_a_default_is_no_constant(
     assert "run time" in skipped.reason
 
 
-def test_operators_of_other_domains_are_not_ours(make_model: Callable[..., onnx.ModelProto]) -> None:
+def test_operators_of_other_domains_are_not_ours_and_named(make_model: Callable[..., onnx.ModelProto]) -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="node", domain="com.example")
     proto = make_model([node], {"x": ("N", 4)}, {"y": None}, {"w": np.ones((4, 5), F32)})
-    assert find_layers(ir.from_proto(proto).graph) == ([], [])
+    layers, (skipped,) = find_layers(ir.from_proto(proto).graph)
+    assert layers == []
+    assert (skipped.node_name, skipped.op_type) == ("node", "Conv")
+    assert "com.example" in skipped.reason
 
 
 def test_order_and_names(residual_net: Any, varied_net: Any) -> None:

@@ -241,5 +241,5 @@ def test_a_graph_for_one_kind_of_cpu_is_refused(tmp_path: Path) -> None:
     proto = model([node], ("N", 3, 8, 8), {"w": seeded(8, 3, 3, 3)})
     proto.opset_import.append(helper.make_opsetid("com.microsoft.nchwc", 1))
     onnx.save(proto, tmp_path / "blocks.onnx")
-    with pytest.raises(UnsupportedModelError, match="saved by ONNX Runtime .* give the model that it was made from"):
+    with pytest.raises(UnsupportedModelError, match=r"saved by ONNX Runtime .* give the model that it was made from"):
         efrapq.load(tmp_path / "blocks.onnx")
