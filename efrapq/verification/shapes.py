@@ -32,6 +32,8 @@ SAME_AS_FIRST = frozenset(
 )  # fmt: skip
 BROADCAST = {"Add": (0, 1), "Mul": (0, 1), "Sub": (0, 1), "QLinearAdd": (0, 3), "QLinearMul": (0, 3)}
 POOLS = frozenset({"MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool"})
+# Products of matrices → the position of the second.
+PRODUCTS = {"FusedMatMul": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "QGemm": 3}
 FLOATS_OF_INTEGERS = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool"})
 CONVS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger", "NhwcFusedConv"})
@@ -225,8 +227,10 @@ def _carried(node: onnx.NodeProto, dims: Mapping[str, Shape], known: Mapping[str
         return (data[0], *places, channels) if found.get("channels_last") else (data[0], channels, *places)
     if op in BROADCAST:
         return _broadcast([dims.get(node.input[i]) for i in BROADCAST[op] if i < len(node.input)])
-    if op == "FusedMatMul":
-        return _multiplied(data, dims.get(node.input[1]), found)
+    if op in PRODUCTS:
+        return _multiplied(data, dims.get(node.input[PRODUCTS[op]]), found)
+    if op == "MatMulNBits":
+        return (*data[:-1], int(found.get("N", 0)))
     if op == "QLinearConcat" or op in CONVS | POOLS | GLOBAL_POOLS:
         return _spatial(node, data, dims, found) if op != "QLinearConcat" else _concatenated(node, dims, found)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, parser
 
+from efrapq.pipeline import defend
 from efrapq.verification.cost import activation_peak
 from efrapq.verification.session import open_session
 from efrapq.verification.shapes import NCHWC, Shapes, graph_shapes
@@ -155,3 +157,27 @@ def test_numbers_of_any_size_take_no_memory(end: str) -> None:
         "assert dims['y'] == dims['z'] == (1 << 40,), dims\n"
     )
     subprocess.run([sys.executable, "-c", code], input=proto.SerializeToString(), check=True, timeout=120)
+
+
+def test_products_behind_an_operator_that_inference_does_not_know(
+    make_model: Callable[..., onnx.ModelProto], tmp_path: Path
+) -> None:
+    """Sizes go on through the runtime's own operators: what the file itself holds of them, no inference passes."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("BiasGelu", ["x", "b"], ["g"], domain="com.microsoft"),
+        helper.make_node("MatMul", ["g", "w"], ["p"]),
+        helper.make_node("Softmax", ["p"], ["y"]),
+    ]
+    constants = {"b": rng.standard_normal(16).astype(np.float32), "w": rng.standard_normal((16, 32)).astype(np.float32)}
+    proto = make_model(nodes, {"x": ("N", 6, 16)}, {"y": ("N", 6, 32)}, constants)
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    x = rng.standard_normal((32, 6, 16)).astype(np.float32)
+    onnx.save(proto, tmp_path / "net.onnx")
+    for options, runs in (
+        ({"bits": 8}, "MatMulIntegerToFloat"),
+        ({"act_bits": 32, "edge_bits": 4, "block": 16}, "MatMulNBits"),
+    ):
+        made = onnx.load_from_string(defend(tmp_path / "net.onnx", calib={"x": x}, target="ort-x86", **options).data)
+        assert any(node.op_type == runs for node in optimized(made).graph.node)
+        check(made, {"x": x[:1]})
