@@ -18,9 +18,11 @@ __all__ = ["WEIGHT_OPS", "Layer", "Skipped", "find_layers"]
 
 WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
-# Operators with weights that are never quantized, and why.
+# Heavy operators that are never quantized, and why.
 FLOAT_OPS = {
+    "Attention": "its products are of what is computed at run time",
     "DeformConv": "deformable convolutions are not quantized",
+    "Einsum": "products written as Einsum are not quantized: export them as MatMul",
     "GRU": "recurrent layers are not quantized",
     "LSTM": "recurrent layers are not quantized",
     "RNN": "recurrent layers are not quantized",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from efrapq.verification.shapes import CONVS, Shape, Shapes, attributes
@@ -26,18 +27,25 @@ QUANTIZED_INPUTS = {
     "MatMulIntegerToFloat": ((1,), (2, 3, 4, 5), (6,)),
     "DynamicQuantizeMatMul": ((1,), (2, 3), (4,)),
 }
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 BIASED = frozenset({"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm"})
 
 
 def multiply_accumulates(node: onnx.NodeProto, shapes: Shapes) -> int | None:
-    """Of one Conv, ConvTranspose, Gemm or MatMul in any of the runtime's forms, for one sample; None if unknown."""
+    """Of one convolution, matrix product, recurrent layer or attention in any of the runtime's forms, for one sample;
+    None if unknown. Of attention, the two products over all pairs of positions, masked or not.
+    """
     dims = shapes.dims
+    if node.op_type in RECURRENT | ATTENTION | {"DynamicQuantizeLSTM", "Einsum"}:
+        total = _others(node, dims)
+        return None if total is None else total // shapes.batch
     data, result = dims.get(node.input[0]), dims.get(node.output[0])
     if data is None or result is None:
         return None
     found = attributes(node)
     op = node.op_type
-    if op in CONVS or op == "ConvTranspose":
+    if op in CONVS or op in ("ConvTranspose", "DeformConv"):
         weight = dims.get(node.input[3 if op == "QLinearConv" else 1])
         if weight is None or len(weight) < 3:
             return None
@@ -54,6 +62,37 @@ def multiply_accumulates(node: onnx.NodeProto, shapes: Shapes) -> int | None:
     else:
         inner = data[-2] if found.get("transA") and len(data) > 1 else data[-1]
     return math.prod(result) * inner // shapes.batch
+
+
+def _others(node: onnx.NodeProto, dims: Mapping[str, Shape]) -> int | None:
+    """Multiply-accumulates of a run of what is neither a convolution nor a product of two matrices."""
+    inputs = [dims.get(name) for name in node.input]
+    result = next((dims[name] for name in node.output if name in dims), None)
+    if node.op_type == "Einsum":
+        return _einsum(str(attributes(node)["equation"], "utf-8"), inputs)
+    data, second = (*inputs, None, None)[:2]
+    if data is None or second is None or len(data) < 3:
+        return None
+    if node.op_type in ATTENTION:
+        if result is None or (node.domain and node.op_type == "Attention"):
+            return None  # the runtime's own has its projections in it
+        # (B, S, H), or (B, heads, S, size of a head): all but the positions of the keys is in queries and result.
+        return math.prod(data[:-1]) * second[-2] * (data[-1] + result[-1])
+    recurrent = inputs[2] if len(inputs) > 2 else None
+    if recurrent is None or len(second) != 3 or len(recurrent) != 3:
+        return None
+    return data[0] * data[1] * (math.prod(second) + math.prod(recurrent))
+
+
+def _einsum(equation: str, inputs: list[Shape | None]) -> int | None:
+    """The product of the sizes of all indices; None where an ellipsis hides some."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, inputs, strict=False):
+        if shape is None or len(term) != len(shape) or not term.isalpha():
+            return None
+        sizes |= dict(zip(term, shape, strict=True))
+    return math.prod(sizes.values()) if len(terms) == len(inputs) else None
 
 
 def activation_peak(optimized: onnx.ModelProto, shapes: Shapes) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from efrapq.io.text import printable
-from efrapq.verification.cost import multiply_accumulates
+from efrapq.verification.cost import ATTENTION, RECURRENT, multiply_accumulates
 from efrapq.verification.shapes import Shapes, attributes
 
 if TYPE_CHECKING:
@@ -23,11 +23,23 @@ INTEGER_OPS = frozenset(
         "MatMulIntegerToFloat",
         "ConvInteger",
         "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
     }
 )
-FLOAT_OPS = frozenset(
-    {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits", "NhwcFusedConv"}
+# Operators that run in float whatever stands around them, and why.
+ONLY_FLOAT = (
+    {
+        "MatMulNBits": "weight-only quantization: integer weights, float arithmetic",
+        "ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose",
+        "DeformConv": "ONNX Runtime's CPU provider has no integer DeformConv",
+        "Einsum": "ONNX Runtime's CPU provider has no integer Einsum",
+    }
+    | dict.fromkeys(RECURRENT, "recurrent layers are not quantized")
+    | dict.fromkeys(ATTENTION, "all of the attention is one float kernel")
 )
+FLOAT_OPS = ONLY_FLOAT.keys() | {
+    "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Unfused:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Counts over Conv, ConvTranspose, Gemm and MatMul in the optimized graph.
+    """Counts over convolutions, matrix products, recurrent layers and attention in the optimized graph.
 
     conversions: QuantizeLinear and DequantizeLinear nodes left there, and how many of the latter expand a constant at
     every inference. macs: of all heavy operators, None if one is unknown.
@@ -145,10 +157,8 @@ def _reason(
     zero_points: dict[str, tuple[int, int]],
     constants: dict[str, onnx.TensorProto],
 ) -> str:
-    if node.op_type == "MatMulNBits":
-        return "weight-only quantization: integer weights, float arithmetic"
-    if node.op_type == "ConvTranspose":
-        return "ONNX Runtime's CPU provider has no integer ConvTranspose"
+    if node.op_type in ONLY_FLOAT:
+        return ONLY_FLOAT[node.op_type]
     weight = producers.get(node.input[1])
     data = producers.get(node.input[0])
     if weight is not None and weight.op_type != "DequantizeLinear":

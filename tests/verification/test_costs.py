@@ -111,3 +111,53 @@ def test_int4_on_an_old_opset_is_explained(tmp_path: Path) -> None:
     assert found["kernels"] is None
     (note,) = [n for n in found["notes"] if "does not load" in n]
     assert "int4 needs opset 21 and IR version 10; this file says 17 and 8" in note
+
+
+def test_recurrent_layers_attention_and_einsum_are_counted(make_model) -> None:
+    """By hand: of an LSTM 4 gates a step, of attention the two products over all pairs, of Einsum every index once."""
+    steps, size, hidden, heads = 7, 5, 3, 2
+    rng = np.random.default_rng(0)
+
+    def constants(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    lstm = make_model(
+        [
+            helper.make_node("Transpose", ["x"], ["t"], "first", perm=[1, 0, 2]),
+            helper.make_node("LSTM", ["t", "w", "r"], ["y"], "lstm", hidden_size=hidden, direction="bidirectional"),
+        ],
+        {"x": ("N", steps, size)},
+        {"y": (steps, 2, "N", hidden)},
+        constants(w=(2, 4 * hidden, size), r=(2, 4 * hidden, hidden)),
+    )
+    einsum = make_model(
+        [helper.make_node("Einsum", ["x", "w"], ["y"], "sum", equation="bsi,io->bso")],
+        {"x": ("N", steps, size)},
+        {"y": ("N", steps, hidden)},
+        constants(w=(size, hidden)),
+    )
+    attention = make_model(
+        [helper.make_node("Attention", ["x", "x", "x"], ["y"], "attend", q_num_heads=heads, kv_num_heads=heads)],
+        {"x": ("N", steps, 2 * size)},
+        {"y": ("N", steps, 2 * size)},
+        opset=23,
+        ir_version=10,
+    )
+    macs = {
+        "lstm": 2 * steps * 4 * hidden * (size + hidden),
+        "sum": steps * size * hidden,
+        "attend": 2 * steps * steps * 2 * size,
+    }
+    for proto, reason in ((lstm, "recurrent"), (einsum, "no integer Einsum"), (attention, "one float kernel")):
+        report, _ = measured(proto)
+        (op,) = report.ops
+        assert (op.integer, op.macs, op.share) == (False, macs[proto.graph.node[-1].name], 1.0)
+        assert reason in report.unfused[0].reason
+
+
+@pytest.mark.parametrize("equation", ["...i,io->...o", "bsi,io"])
+def test_an_einsum_whose_indices_are_not_all_named(make_model, equation: str) -> None:
+    w = np.ones((5, 3), np.float32)
+    node = helper.make_node("Einsum", ["x", "w"], ["y"], "sum", equation=equation)
+    report, _ = measured(make_model([node], {"x": ("N", 7, 5)}, {"y": None}, {"w": w}))
+    assert report.ops[0].macs == (None if "." in equation else 7 * 5 * 3)
