@@ -9,6 +9,7 @@ Class folders are numbered in the order of their names, as torchvision's ImageFo
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from efrapq.io.npz import ArrayFile
 from efrapq.io.text import listing, printable
 from efrapq.preprocess import Preprocess, check_size, layout_of
 
-__all__ = ["Dataset", "files_behind", "load_dataset"]
+__all__ = ["Dataset", "files_behind", "load_dataset", "require_there"]
 
 # (images, labels) as people name them; {} is the split.
 ARRAY_NAMES = (("images", "labels"), ("x", "y"))
@@ -36,6 +37,12 @@ def files_behind(data: str | Path) -> list[Path]:
     """The files that a data argument may name, `file` or `file:split`: an output must replace none of them."""
     text = str(data)
     return [Path(text), Path(text.rsplit(":", 1)[0])]
+
+
+def require_there(data: object) -> None:
+    """DataError for a path to data where there is nothing, before work is done that would be lost."""
+    if isinstance(data, str | Path) and not any(os.path.exists(path) for path in files_behind(data)):
+        raise DataError(f"{printable(data)}: no such file or folder")
 
 
 class Dataset:

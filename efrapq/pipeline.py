@@ -17,7 +17,7 @@ from efrapq.calibration.arrays import Arrays
 from efrapq.calibration.inputs import open_calibration
 from efrapq.calibration.signature import image_layout, model_inputs
 from efrapq.cpu import describe_cpu
-from efrapq.data import Dataset, files_behind, load_dataset
+from efrapq.data import Dataset, files_behind, load_dataset, require_there
 from efrapq.errors import OutputError, UsageError
 from efrapq.io import check_output, printable, refuse_quantized, write_all
 from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, load
@@ -136,6 +136,7 @@ def defend(
         output, evidence_path = _outputs(output, [*inputs, *_files(calib)])
     elif resume:
         raise UsageError("--resume needs an output: the run's layers are kept beside it")
+    require_there(calib)
     own_network = not inputs or (arch is not None and ":" in arch)
     if own_network and input_shape is None and calib is not None and not isinstance(calib, Mapping):
         input_shape = _sample_shape(calib, preprocess)

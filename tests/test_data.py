@@ -8,6 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+import efrapq
+from efrapq import pipeline
 from efrapq.data import Dataset, load_dataset
 from efrapq.errors import CorruptFileError, DataError, EfrapqError, LimitError, UnsafeFileError, UsageError
 from efrapq.io import npz as reading
 from efrapq.io.npz import ArrayFile
 from efrapq.preprocess import Preprocess
+from efrapq.verification import verifier
 
 ESCAPE = "\x1b[31m"
 
@@ -741,3 +745,19 @@ class TestImageModes:
         (tmp_path / "a.png").write_bytes(png)
         with pytest.raises(LimitError, match=r"a\.png: .*80,000,000"):
             load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nosuch.npz", "nosuch.npz:train", "x" * 5000, "a\0b"])
+def test_data_that_are_not_there_are_missed_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a network can take a minute, which a slip in the next argument would waste."""
+
+    def load(*given: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(verifier, "read_source", load)
+    for call in (partial(efrapq.defend, calib=tmp_path / name), partial(efrapq.verify, data=tmp_path / name)):
+        with pytest.raises(DataError, match="no such file or folder"):
+            call(tmp_path / "model.pt")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.cpu import describe_cpu
-from efrapq.data import Dataset
+from efrapq.data import Dataset, require_there
 from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
 from efrapq.io import OnnxFile, Source, is_quantized, load_onnx, printable, read_source
 from efrapq.io.source import read_fd
@@ -92,6 +92,7 @@ def verify(
     """
     reporter = reporter or Silent()
     requirements = requirements or Requirements()
+    require_there(data)
     source = read_source(model)
     found = load_onnx(source)
     proto = found.model

@@ -60,7 +60,13 @@ def test_names_are_made_fit_to_be_shown() -> None:
     assert signature_words(many).count("float32") == 10
 
 
-@pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.BFLOAT16, TensorProto.INT4, TensorProto.COMPLEX64])
+def test_half_precision() -> None:
+    """NumPy has no bfloat16: such a model is quantized as one that takes float32."""
+    found = model_inputs(proto(tensor("a", TensorProto.FLOAT16, [1]), tensor("b", TensorProto.BFLOAT16, [1])), "m")
+    assert [given.dtype for given in found] == [np.float16, np.float32]
+
+
+@pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.INT4, TensorProto.COMPLEX64])
 def test_types_that_no_array_has(kind: int) -> None:
     with pytest.raises(UnsupportedModelError, match="m: its input 'a' is not a tensor of float, integer or bool"):
         model_inputs(proto(tensor("a", kind, [1])), "m")

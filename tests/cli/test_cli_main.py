@@ -41,6 +41,12 @@ def test_version(run) -> None:
     assert ran.out.startswith("efrapq, version ")
 
 
+def test_python_m_is_the_same_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "efrapq", "verify"], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.startswith("Usage: efrapq verify [OPTIONS] MODEL")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["nonsense"], ["defend"], ["defend", "x.pt", "--bits", "5"], ["verify", "x", "--max-asr", "many"]],
