@@ -261,6 +261,7 @@ def threats(table: Table) -> dict[str, str]:
         "promise": markdown(header, [_against(table, b) for b in honest]),
         "promise_kept": _kept(table, honest),
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
+        "headroom": _with_headroom(table, bases),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
         "control_lost": _most_lost(table),
@@ -280,6 +281,17 @@ def _kept(table: Table, bases: Sequence[Cell]) -> str:
         if not all(met(b, c))
     ]
     return f"{len(pairs) - len(missed)} of {len(pairs)}" + (f"; not {'; nor '.join(missed)}" if missed else "")
+
+
+def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
+    """What wider activation ranges do, on the subjects and controls on which they were measured."""
+    rows = []
+    for base in bases:
+        ours, wide = table.get(base, OURS), table.get(base, "efrapq, headroom 2")
+        if ours is not None and wide is not None:
+            both = (f"{c['cda']:.2f} / {c['asr']:.2f}" for c in (ours, wide))
+            rows.append([title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), *both])
+    return markdown(["subject", "bits", "float", "efrapq", "efrapq, --headroom 2"], rows)
 
 
 def _most_lost(table: Table) -> str:

@@ -180,6 +180,7 @@ def rivals() -> dict[str, Rival]:
         "coordinate, lambda_E = 0": lambda case: defended(case, lambda_e=0.0).quantized,
         "efrapq": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,
+        "efrapq, headroom 2": lambda case: defended(case, headroom=2.0).quantized,
     }
 
 

@@ -95,6 +95,15 @@ if TYPE_CHECKING:
     "the model's outputs (output: slower). auto: minmax at 8 bits, mse at 4.",
 )
 @click.option(
+    "--headroom",
+    type=click.FloatRange(1, 16),
+    default=1.0,
+    show_default=True,
+    metavar="FACTOR",
+    help="Widen min-max activation ranges. A trigger can drive activations past what clean data reach; they are "
+    "clipped there, and that alone can wake a backdoor. 2 costs one bit of their resolution.",
+)
+@click.option(
     "--scale",
     type=click.Choice(SCALES),
     default="minmax",

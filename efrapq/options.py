@@ -27,6 +27,8 @@ RANGES = ("auto", "minmax", "percentile", "mse", "output")
 SCALES = ("minmax", "mse", "refit")
 # What ONNX Runtime's MatMulNBits takes.
 BLOCKS = (16, 32, 64, 128, 256)
+# Past it, no more than four of eight bits would be left for what the calibration shows.
+MOST_HEADROOM = 16
 # The paper's weight of the error term, for its solver.
 RELAXED_LAMBDA_E = 1.0
 # What `coordinate` does where the user says neither --lambda-e nor --fidelity: measured, docs/SOLVER.md.
@@ -46,6 +48,7 @@ def check_options(
     rows: int,
     seed: int,
     block: int = 0,
+    headroom: float = 1.0,
 ) -> None:
     """Raise UsageError for what makes no sense whatever the model is."""
     if not (2 <= bits <= 8 and 2 <= edge_bits <= 8):
@@ -68,6 +71,10 @@ def check_options(
         raise UsageError("--seed must be between 0 and 2^63 - 1")
     if block not in (0, *BLOCKS):
         raise UsageError(f"--block must be one of {', '.join(map(str, BLOCKS))}")
+    if not 1 <= headroom <= MOST_HEADROOM:
+        raise UsageError(f"--headroom must be 1 to {MOST_HEADROOM}: the factor by which activation ranges are widened")
+    if headroom > 1 and (act_bits == 32 or act_range_for(act_range, act_bits) != "minmax"):
+        raise UsageError("--headroom widens activation ranges of --act-range minmax, which is the default at 8 bits")
     if block and act_bits != 32:
         raise UsageError("--block is for float activations: add --act-bits 32")
     if block and scale == "refit":

@@ -75,6 +75,7 @@ def defend(
     error: str = "absolute",
     steps: int = 10_000,
     act_range: str = "auto",
+    headroom: float = 1.0,
     scale: str = "minmax",
     equalize: bool = False,
     rows: int = 32,
@@ -99,11 +100,12 @@ def defend(
     a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
     each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
     instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
-    model's outputs; auto is minmax at 8 bits and mse at 4. scale: of the weights, minmax, mse or refit. equalize: scale
-    channels first, where the network's function stays the same, so that one activation grid serves them all. rows: each
-    layer's moments are taken over at most so many rows per input of an output channel. memory: bytes of activations
-    kept in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same inputs, seed and
-    versions give the same bytes.
+    model's outputs; auto is minmax at 8 bits and mse at 4. headroom: the factor by which minmax ranges are
+    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. scale: of the weights,
+    minmax, mse or refit. equalize: scale channels first, where the network's function stays the same, so that one
+    activation grid serves them all. rows: each layer's moments are taken over at most so many rows per input of an
+    output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume: continue a
+    run that was stopped. The same inputs, seed and versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
@@ -120,6 +122,7 @@ def defend(
         solver=solver,
         error=error,
         act_range=act_range,
+        headroom=headroom,
         scale=scale,
         calib_size=calib_size,
         rows=rows,
@@ -169,6 +172,7 @@ def defend(
         device=device,
         memory=memory_limit(memory, device),
         block=block,
+        headroom=float(headroom),
     )
     quantized, solved, calibration = solve(
         source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
@@ -255,6 +259,8 @@ def _recorded_settings(settings: PassSettings, act_bits: int, target: str) -> di
     }
     if settings.block:
         recorded["block"] = settings.block
+    if settings.headroom > 1:
+        recorded["headroom"] = settings.headroom
     if isinstance(rounding, Coordinate) and rounding.fidelity is not None:
         recorded |= {"error": rounding.error, "fidelity": rounding.fidelity}
     elif rounding is not None:

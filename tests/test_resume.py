@@ -190,7 +190,14 @@ def test_memory_may_change_in_between(bench: Bench, killed: Any, call: Any, tmp_
 
 @pytest.mark.parametrize(
     "other",
-    [("--seed", "1"), ("--bits", "3"), ("--act-bits", "4"), ("--calib-size", "20"), ("--scale", "mse")],
+    [
+        ("--seed", "1"),
+        ("--bits", "3"),
+        ("--act-bits", "4"),
+        ("--calib-size", "20"),
+        ("--scale", "mse"),
+        ("--headroom", "2"),
+    ],
     ids=lambda o: o[0],
 )
 def test_another_run_s_layers_are_refused(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from efrapq.calibration.live_range import follower, live_range
 from efrapq.calibration.ranges import calibrate, extremes
+from efrapq.graph import constants as const
 from efrapq.graph.executor import Executor
 from efrapq.graph.placement import Placement
 from efrapq.grid import ActivationGrid, activation_grid
@@ -20,9 +22,14 @@ __all__ = ["Calibrator", "Limits"]
 Limits = tuple[float, float]
 
 
+# What an operator's output cannot be outside of.
+BOUNDED = {"HardSigmoid": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+
+
 class Calibrator:
     """Chooses grids for the placed values of one graph. method: as `calibrate` takes it. limits: by name, of the values
-    whose range is known already.
+    whose range is known already. headroom: the factor by which a range reaches beyond what the calibration shows, for
+    `minmax`; not of the graph's inputs, and not beyond what an operator can give.
     """
 
     def __init__(
@@ -33,9 +40,11 @@ class Calibrator:
         method: str,
         limits: Mapping[str, Limits] | None = None,
         device: torch.device | str = "cpu",
+        headroom: float = 1.0,
     ) -> None:
         self.executor, self.placement, self.method, self.device = executor, placement, method, device
         self.known = limits or {}
+        self.headroom = headroom
         self.values = {str(v.name): v for v in (*graph.inputs, *(o for node in graph for o in node.outputs))}
 
     def grid(self, name: str, chunks: Sequence[Tensor]) -> ActivationGrid:
@@ -49,9 +58,21 @@ class Calibrator:
     def limits(self, name: str, chunks: Sequence[Tensor]) -> Limits:
         """What the value reaches, as far as it matters to what is computed from it alone."""
         placed, bits = self.placement, self.placement.grids[name]
-        low, high = extremes(chunks, name)
+        low, high = self._widened(name, *extremes(chunks, name))
         behind = follower(self.executor, self.values[name], chunks[0].dim())
         if behind is None or low >= high:
             return low, high
         result_bits = {r: placed.grids[placed.source(r)] for r in behind.results if r in placed}
         return live_range(behind, self.executor, low, high, bits, result_bits, self.device)
+
+    def _widened(self, name: str, low: float, high: float) -> Limits:
+        value = self.values[name]
+        node = value.producer()
+        if node is None:
+            return low, high
+        least, most = BOUNDED.get(node.op_type, (-np.inf, np.inf))
+        if node.op_type == "Clip":
+            ends = [const.array_or_none(end) for end in (*node.inputs[1:], None, None)[:2]]
+            least, most = (x if end is None else float(end) for end, x in zip(ends, (least, most), strict=True))
+        # What the calibration shows stays inside, whatever rounding made of an operator's bounds.
+        return min(low, max(self.headroom * low, least)), max(high, min(self.headroom * high, most))

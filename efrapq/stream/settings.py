@@ -20,7 +20,7 @@ class PassSettings:
     chosen; scale: how weight scales are: minmax, mse or refit. rows: H is accumulated over at most rows·D rows.
     solver: settings of one, or None for rounding to nearest. memory: bytes of activations kept in memory, the rest
     goes to temporary files; None keeps all. block: inputs that share a scale, in matrices with a multiple of so many;
-    0 for one scale per output channel.
+    0 for one scale per output channel. headroom: the factor by which minmax ranges are widened.
     """
 
     bits: int
@@ -33,6 +33,7 @@ class PassSettings:
     device: str = "cpu"
     memory: int | None = None
     block: int = 0
+    headroom: float = 1.0
 
     def weight_bits(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Of each layer, by its name; layers: all of a graph, in topological order."""

@@ -180,7 +180,7 @@ class Walk:
         """What chooses the activations' grids."""
         settings, about = self.settings, (self.graph, self.executor, self.placement)
         if settings.act_range != "output" or not self.placement.grids:
-            return Calibrator(*about, settings.act_range, device=self.device)
+            return Calibrator(*about, settings.act_range, device=self.device, headroom=settings.headroom)
         limits = choose_limits(*about, self.inputs, self.device, settings.memory, reporter)
         reporter.note(
             f"{len(limits)} of {len(self.placement.grids)} activations have ranges by their effect on the outputs"

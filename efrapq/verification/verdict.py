@@ -70,10 +70,12 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
         limits["max_asr"] = round(limit, 3)
         if asr["defended"] > limit:
             failed.append("max-asr")
-            if (asr["float"] or 0.0) < AWAKE and asr["nearest"] is not None and asr["defended"] < asr["nearest"] / 2:
+            if (asr["float"] or 0.0) < AWAKE and asr["nearest"] is not None:
+                asleep = asr["defended"] < asr["nearest"] / 2
                 notes.append(
-                    "the backdoor sleeps, but not as deeply as asked: defend the float model again with more "
-                    "calibration images (--calib-size), or with a higher --fidelity, which costs accuracy"
+                    f"the backdoor {'sleeps, but not as deeply as asked' if asleep else 'is awake'}: defend the float "
+                    "model again with --headroom 2 (activations that are clipped can wake it), with more calibration "
+                    "images (--calib-size), or with a higher --fidelity, which costs accuracy"
                 )
     if cda["defended"] is not None and cda["float"] is not None:
         allowed = DEFAULT_DROP if wanted.max_drop is None else wanted.max_drop
