@@ -356,7 +356,7 @@ MATRICES: dict[str, tuple[str, dict[str, Any], dict[str, int], dict[str, str]]] 
         'o = Einsum <equation="bqk,bkd->bqd"> (a, t)\n m = ReduceMean <axes=[1], keepdims=0> (o)\n y = Gemm (m, w)',
         {"s": np.array([0, 6, 8]), "wq": (8, 8), "wk": (8, 8), "w": (8, 5)},
         {"MatMul": 2, "Gemm": 1},
-        {},
+        {"l": "Einsum", "o": "Einsum"},
     ),
     "LSTM": (
         "t = Reshape (x, s)\n u = Transpose <perm=[1,0,2]> (t)\n"
