@@ -71,11 +71,13 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
         if asr["defended"] > limit:
             failed.append("max-asr")
             if (asr["float"] or 0.0) < AWAKE and asr["nearest"] is not None:
-                asleep = asr["defended"] < asr["nearest"] / 2
                 notes.append(
-                    f"the backdoor {'sleeps, but not as deeply as asked' if asleep else 'is awake'}: defend the float "
-                    "model again with --headroom 2 (activations that are clipped can wake it), with more calibration "
-                    "images (--calib-size), or with a higher --fidelity, which costs accuracy"
+                    "the backdoor sleeps, but not as deeply as asked: defend the float model again with --headroom 2 "
+                    "(activations that are clipped can wake it), with more calibration images (--calib-size), or with "
+                    "a higher --fidelity, which costs accuracy"
+                    if asr["defended"] < asr["nearest"] / 2
+                    else "the backdoor is awake: activations that are clipped can wake it whatever the codes are; "
+                    "defend the float model again with --headroom 2"
                 )
     if cda["defended"] is not None and cda["float"] is not None:
         allowed = DEFAULT_DROP if wanted.max_drop is None else wanted.max_drop

@@ -157,13 +157,14 @@ def test_a_backdoor_awake_in_float_fails_unless_the_limit_was_given(
     assert any("--calib-size" in n for n in notes) == ("max-asr" in failed and floating < 50)
 
 
-def test_no_advice_where_the_backdoor_is_as_awake_as_rounding_to_nearest_makes_it(
+def test_where_the_backdoor_is_as_awake_as_rounding_to_nearest_makes_it_only_ranges_can_help(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asr_of(monkeypatch, 2.0, 60.0)
     result = verify(files.write(files.record), data=labelled(), float_model=files.float, **ATTACK)
     assert "max-asr" in result.document["failed"]
-    assert not any("--calib-size" in n for n in result.document["notes"])
+    assert not any("--calib-size" in n or "--fidelity" in n for n in result.document["notes"])
+    assert any("--headroom 2" in n for n in result.document["notes"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
