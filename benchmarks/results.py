@@ -63,7 +63,7 @@ def cells(chosen: Iterable[Entry | None], methods: Iterable[str]) -> Iterator[tu
         for bits, act_bits in settings:
             for method in methods:
                 if method in ONLY_A8 and act_bits != 8:
-                    continue  # ONNX Runtime has no 4-bit activations
+                    continue
                 if method in TRAINED + GRADIENT and (entry is None or entry.seed or entry.arch != "resnet20"):
                     continue
                 yield entry, bits, act_bits, method
