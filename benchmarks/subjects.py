@@ -139,7 +139,7 @@ def entries() -> list[Entry]:
 def full_size_entries() -> list[Entry]:
     """The subjects that take a GPU."""
     clean = {"epochs": 15, "batch": 256, "learning_rate": 0.2}
-    adam, slow, both = ({"steps": n, "learning_rate": rate} for n, rate in ((1000, 1e-3), (2500, 2e-4), (2000, 5e-4)))
+    adam, slow, both = ({"steps": n, "learning_rate": rate} for n, rate in ((800, 2e-4), (2500, 2e-4), (2000, 5e-4)))
     found = []
     for arch in FULL_SIZE:
         found += [
