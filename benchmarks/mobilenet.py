@@ -91,6 +91,7 @@ class Variant:
     equalize: str = ""
     correct: bool = False
     depthwise_bits: int = 0
+    headroom: float = 1.0
 
 
 AS_IS = Variant()
@@ -114,6 +115,8 @@ VARIANTS = {
     "W8A8, --equalize, act-range mse, lambda_E = 0": replace(W8, equalize="spans", act_range="mse", solver="fit"),
     "W8A8, --equalize, act-range mse, 200 images": replace(W8, equalize="spans", act_range="mse", images=200),
     "W8A8, --equalize, act-range mse, bias correction": replace(W8, equalize="spans", act_range="mse", correct=True),
+    "W8A8, --headroom 2": replace(W8, headroom=2.0),
+    "W8A8, --headroom 4": replace(W8, headroom=4.0),
     "W8, float activations": replace(W8, act_bits=32),
     "as is": AS_IS,
     "W4, float activations": replace(AS_IS, act_bits=32),
@@ -133,6 +136,8 @@ VARIANTS = {
     "--equalize, act-range mse": replace(AS_IS, equalize="spans", act_range="mse"),
     "--equalize, act-range mse, scale mse": replace(AS_IS, equalize="spans", act_range="mse", scale="mse"),
     "act-range output": replace(AS_IS, act_range="output"),
+    "--headroom 2": replace(AS_IS, headroom=2.0),
+    "--headroom 4": replace(AS_IS, headroom=4.0),
     "--equalize, act-range output": replace(AS_IS, equalize="spans", act_range="output"),
     "--equalize, act-range output, scale mse": replace(AS_IS, equalize="spans", act_range="output", scale="mse"),
     "--equalize, scale mse": replace(AS_IS, equalize="spans", scale="mse"),
@@ -183,6 +188,7 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
         variant.scale,
         solver=solver,
         memory=MEMORY,
+        headroom=variant.headroom,
     )
     placement = place(model.graph, layers, variant.act_bits)
     with exact_convolutions(), Spool(MEMORY) as floats, Spool(MEMORY) as quantized:
