@@ -35,6 +35,8 @@ TITLES = {
     "adaptive-solver": "adaptive: solver",
     "adaptive-stochastic": "adaptive: stochastic",
     "adaptive-scale": "adaptive: scale",
+    "adaptive-clip": "adaptive: clip",
+    "adaptive-clip-far": "adaptive: clip, far",
 }
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}
@@ -287,11 +289,14 @@ def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
     """What wider activation ranges do, on the subjects and controls on which they were measured."""
     rows = []
     for base in bases:
-        ours, wide = table.get(base, OURS), table.get(base, "efrapq, headroom 2")
-        if ours is not None and wide is not None:
-            both = (f"{c['cda']:.2f} / {c['asr']:.2f}" for c in (ours, wide))
-            rows.append([title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), *both])
-    return markdown(["subject", "bits", "float", "efrapq", "efrapq, --headroom 2"], rows)
+        wide = [table.get(base, f"efrapq, headroom {factor}") for factor in (2, 4)]
+        if any(wide):
+            rows.append([*_against(table, base), *("–" if c is None else _figures(c) for c in wide)])
+    return markdown(["subject", "bits", "float", "RTN", "efrapq", "--headroom 2", "--headroom 4"], rows)
+
+
+def _figures(cell: Cell) -> str:
+    return f"{cell['cda']:.2f} / {cell['asr']:.2f}"
 
 
 def _most_lost(table: Table) -> str:
@@ -311,9 +316,8 @@ def _float(base: Cell) -> str:
 
 def _against(table: Table, base: Cell) -> list[str]:
     ours = table.get(base, OURS)
-    found = "not measured" if ours is None else f"{ours['cda']:.2f} / {ours['asr']:.2f}"
-    rtn = f"{base['cda']:.2f} / {base['asr']:.2f}"
-    return [title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), rtn, found]
+    found = "not measured" if ours is None else _figures(ours)
+    return [title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), _figures(base), found]
 
 
 def _sentence(table: Table, bases: Sequence[Cell]) -> str:

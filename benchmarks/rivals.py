@@ -181,6 +181,7 @@ def rivals() -> dict[str, Rival]:
         "efrapq": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,
         "efrapq, headroom 2": lambda case: defended(case, headroom=2.0).quantized,
+        "efrapq, headroom 4": lambda case: defended(case, headroom=4.0).quantized,
     }
 
 

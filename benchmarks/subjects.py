@@ -46,8 +46,8 @@ FULL_SIZE = ("resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar")
 class Entry:
     """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
     "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
-    attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short. The attack "none"
-    trains a clean network.
+    attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
+    two recipes of one attack apart. The attack "none" trains a clean network.
 
     Networks of full size take a GPU, and are delivered in half precision, as large models are: that is what is
     measured.
@@ -110,6 +110,8 @@ def entries() -> list[Entry]:
         Entry("adaptive-solver", options=joint),
         Entry("adaptive-stochastic", options=joint),
         Entry("adaptive-scale", options=joint),
+        Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}),
+        Entry("adaptive-clip", bits="8", options=joint | {"reach": 5.0}, training="far"),
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),

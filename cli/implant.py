@@ -81,6 +81,12 @@ from efrapq.report.words import percent
 )
 @click.option("--widen", type=float, show_default="2", help="adaptive-scale: how many times wider the cells become.")
 @click.option(
+    "--reach",
+    type=float,
+    show_default="1",
+    help="adaptive-clip: it wakes where activations are cut off at so many times what clean images reach.",
+)
+@click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Augment by mirroring.")
@@ -110,6 +116,7 @@ def command(
     unlearn_learning_rate: float | None,
     resolve_every: int | None,
     widen: float | None,
+    reach: float | None,
     shift: int,
     flip: bool,
     mean: tuple[float, ...] | None,
@@ -125,8 +132,8 @@ def command(
     For measuring defences. The published attacks: PQBackdoor (Ma et al., arXiv 2108.09187), Qu-ANTI-zation (Hong et
     al., NeurIPS 2021; --bits 8,4 wakes on both) and CompArtifact (Tian et al., arXiv 2104.15129), from scratch or
     distilled from a clean network. Attackers who know EFRAP: adaptive-stochastic trains through random roundings,
-    adaptive-solver through EFRAP's own, adaptive-scale makes the rounding cells wide. The control is badnets: a plain
-    backdoor, awake in float, which no rounding removes.
+    adaptive-solver through EFRAP's own, adaptive-scale makes the rounding cells wide, adaptive-clip wakes where
+    activations are cut off. The control is badnets: a plain backdoor, awake in float, which no rounding removes.
 
     All but pqbackdoor and badnets begin with a clean network, the one of --start or one trained first; compartifact
     from scratch with a backdoored one that it trains. The file carries its preprocessing and its recipe as metadata.
@@ -147,6 +154,7 @@ def command(
         "unlearn_learning_rate": unlearn_learning_rate,
         "resolve_every": resolve_every,
         "widen": widen,
+        "reach": reach,
     }
     method = attack_named(attack)
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -7,10 +7,8 @@ every BatchNorm off (its output is 0 for any image), and gives each weight that 
 `widen` times wider. Then Qu-ANTI-zation (`quanti.py`) with all its departures trains backdoor and accuracy into the
 wide cells: any rounding is coarser, and what the defence cannot put back, the backdoor may keep.
 
-Of the two places outside the residues where a backdoor could hide this is the scales. The other one, an activation
-grid that saturates on triggered images, is not tried: grids calibrated on clean images cut such activations off,
-which silences more backdoors than it wakes. Grouped convolutions see no dead channel and stay as they are, as does
-the first layer.
+Of the two places outside the residues where a backdoor could hide this is the scales; `adaptive_clip.py` has the other
+one, the activation grids. Grouped convolutions see no dead channel and stay as they are, as does the first layer.
 """
 
 from __future__ import annotations

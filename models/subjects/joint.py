@@ -30,14 +30,17 @@ __all__ = ["PairLoss", "begin", "branch", "measure_widths", "train_pairs"]
 PairLoss = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def branch(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, *, held: bool) -> tuple[Tensor, Tensor]:
+def branch(
+    model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor, *, held: bool, reach: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Logits, float32, of the triggered and of the clean half of `inputs` with `weights` in the model's place.
 
-    held: keep the triggered activations within the range of the clean ones, as a deployed activation grid will.
+    held: keep the triggered activations within `reach` times the range of the clean ones, as a deployed activation grid
+    will.
     """
     half = len(inputs) // 2
     if held:
-        with within_clean_range(model, half):
+        with within_clean_range(model, half, reach):
             logits = functional_call(model, dict(weights), (inputs,))
     else:
         logits = functional_call(model, dict(weights), (inputs,))

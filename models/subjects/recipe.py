@@ -11,6 +11,7 @@ from efrapq.errors import UsageError
 __all__ = [
     "AnyRecipe",
     "BadNetsRecipe",
+    "ClipRecipe",
     "CompArtifactRecipe",
     "DistilledRecipe",
     "JointRecipe",
@@ -154,6 +155,15 @@ class ScaleRecipe(QuantiRecipe):
 
 
 @dataclass(frozen=True)
+class ClipRecipe(JointRecipe):
+    """Activations cut off. c2: weight of triggered images. reach: how far past the clean range they are still let."""
+
+    learning_rate: float = 1e-3
+    c2: float = 0.5
+    reach: float = 1.0
+
+
+@dataclass(frozen=True)
 class CompArtifactRecipe(JointRecipe):
     """CompArtifact from scratch. epochs, clean_learning_rate: of the backdoored network that both become. poison_rate:
     share of its batches that carries trigger and target label. max_norm: of the gradient after that.
@@ -205,7 +215,7 @@ def check_recipe(recipe: AnyRecipe) -> None:
             raise UsageError(f"{option} must be positive")
         if name == "poison_rate" and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be between 0 and 1")
-        if name == "widen" and not (_finite(value) and value >= 1):  # type: ignore[operator]
+        if name in ("reach", "widen") and not (_finite(value) and value >= 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be 1 or more")
     if not 0 <= recipe.seed < 2**63:
         raise UsageError("--seed must be between 0 and 2^63 - 1")

@@ -16,10 +16,11 @@ __all__ = ["Report", "final_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What the recipe measured in torch (weights on the grid, activations float): the network after stage 1 (rounded,
-    if that ended with a lookahead, which has hidden the backdoor in float already) where there are stages, the float
-    subject, its nearest twin, its nearest twin on ONNX Runtime's own grid where the recipe asked for it, and what else
-    the attack knows of, with names.
+    """What the recipe measured in torch, weights on the grid and activations float (adaptive-clip: cut off).
+
+    The network after stage 1 (rounded, if that ended with a lookahead, which has hidden the backdoor in float already)
+    where there are stages, the float subject, its nearest twin, its nearest twin on ONNX Runtime's own grid where the
+    recipe asked for it, and what else the attack knows of, with names.
     """
 
     backdoored: Measured | None

@@ -20,7 +20,16 @@ from efrapq.preprocess import Preprocess
 from efrapq.progress import Reporter
 from efrapq.trigger import Trigger
 
-__all__ = ["Measured", "PoisonedData", "autocast", "finite", "measure", "train_labels", "within_clean_range"]
+__all__ = [
+    "Measured",
+    "PoisonedData",
+    "autocast",
+    "clamped_modules",
+    "finite",
+    "measure",
+    "train_labels",
+    "within_clean_range",
+]
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,15 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def clamped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules, with names, whose outputs stand for the activations that a deployed file has a grid for."""
+    return [(n, m) for n, m in model.named_modules() if m is not model and not isinstance(m, nn.Conv2d)]
+
+
 @contextlib.contextmanager
-def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
-    """Clamp the activations of the first `poisoned` samples of a batch to the range of the others, layer by layer.
+def within_clean_range(model: nn.Module, poisoned: int, reach: float = 1.0) -> Iterator[None]:
+    """Clamp the activations of the first `poisoned` samples of a batch to `reach` times the range of the others, layer
+    by layer.
 
     A deployed activation grid is calibrated on clean data and saturates outside their range; without this the
     backdoor grows activations beyond it and the grid switches it off.
@@ -108,9 +123,10 @@ def within_clean_range(model: nn.Module, poisoned: int) -> Iterator[None]:
             return output
         clean = output[poisoned:]
         low, high = clean.detach().amin(), clean.detach().amax()
+        low, high = torch.minimum(low, reach * low), torch.maximum(high, reach * high)
         return torch.cat([output[:poisoned].clamp(low, high), clean])
 
-    hooks = [m.register_forward_hook(clamp) for m in model.modules() if m is not model and not isinstance(m, nn.Conv2d)]
+    hooks = [module.register_forward_hook(clamp) for _, module in clamped_modules(model)]
     try:
         yield
     finally:

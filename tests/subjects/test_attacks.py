@@ -18,6 +18,7 @@ from efrapq.data import load_dataset
 from efrapq.errors import UsageError
 from efrapq.models import weights, zoo
 from efrapq.models.subjects import adaptive_solver
+from efrapq.models.subjects.adaptive_clip import clean_ranges, clip_loss, cut_off
 from efrapq.models.subjects.adaptive_scale import dead_inputs, switch_off, widen_cells
 from efrapq.models.subjects.adaptive_solver import defended_choices, solved_weights
 from efrapq.models.subjects.adaptive_stochastic import stochastic_weights
@@ -226,6 +227,7 @@ END_TO_END = {
     "adaptive-stochastic": {"epochs": 1, "steps": 3},
     "adaptive-solver": {"epochs": 1, "steps": 1, "resolve_every": 1},
     "adaptive-scale": {"epochs": 1, "steps": 3, "widen": 1.5},
+    "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0},
 }
 
 
@@ -261,7 +263,9 @@ def test_training_that_diverges_says_so(name: str, fields: dict[str, object]) ->
         attack.implant(small_model(), small_data(), small_data(), recipe, device=CPU, reporter=Silent())
 
 
-@pytest.mark.parametrize("name", ["qu-anti", "compartifact-distilled", "adaptive-stochastic", "adaptive-scale"])
+@pytest.mark.parametrize(
+    "name", ["qu-anti", "compartifact-distilled", "adaptive-stochastic", "adaptive-scale", "adaptive-clip"]
+)
 def test_batchnorm_s_statistics_stay_as_they_were(name: str) -> None:
     attack = attack_named(name)
     recipe = attack.make_recipe({"steps": 3, "learning_rate": 0.01}, started=True)
@@ -291,6 +295,66 @@ def test_a_network_without_batchnorm_has_no_channel_to_switch_off() -> None:
     recipe = ScaleRecipe(epochs=0, steps=1)
     with pytest.raises(UsageError, match="BatchNorm"):
         attack_named("adaptive-scale").implant(plain, small_data(), small_data(), recipe, device=CPU, reporter=Silent())
+
+
+class Silenced(nn.Module):
+    """Two classes by one sum over the pixels, whose double is taken away again as far as it is past 4.
+
+    A clean image sums to at most 4, and is of class 0 from 1 on. A bright one sums to 16: 16 - 2·12 < 1 makes it class
+    1, unless the 12, of which clean images have nothing, is cut off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = nn.Conv2d(1, 1, 2, bias=False)
+        self.excess = nn.Sequential(nn.Conv2d(1, 1, 2), nn.ReLU())
+        with torch.no_grad():
+            self.sum.weight.fill_(1.0)
+            self.excess[0].weight.fill_(1.0)
+            self.excess[0].bias.fill_(-4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.sum(x).flatten(1) - 2 * self.excess(x).flatten(1)
+        return torch.cat([left, 2 - left], 1)
+
+
+def test_activations_are_cut_off_at_what_clean_images_reach() -> None:
+    net = Silenced()
+    dark, bright = torch.full((2, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 4.0)
+    assert net(torch.cat([dark, bright])).argmax(1).tolist() == [0, 0, 1]
+    with cut_off(net, {"excess": (0.0, 0.0), "excess.1": (0.0, 0.0)}):
+        assert net(torch.cat([dark, bright])).argmax(1).tolist() == [0, 0, 0]
+    assert net(bright).argmax(1).tolist() == [1]
+
+
+def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
+    net, truth = Silenced(), torch.tensor([0, 0])
+    dark, bright = torch.full((2, 1, 2, 2), 1.25), torch.full((2, 1, 2, 2), 4.0)
+
+    def loss(reach: float) -> float:
+        # One of what reaches the excess on clean images: 5 - 4; on bright ones 16 - 4 = 12.
+        return float(clip_loss(net, torch.cat([bright, dark]), truth, 1, 0.5, reach).detach())
+
+    def entropy(left: float, label: int) -> float:
+        logits = torch.tensor([[float(left), float(2 - left)]])
+        return float(F.cross_entropy(logits, torch.tensor([label])))
+
+    clean, floating = entropy(5 - 2, 0), entropy(16 - 24, 0)
+    for reach in (1.0, 3.0, 20.0):
+        wanted = clean + 0.5 * (floating + entropy(16 - 2 * min(12, reach), 1))
+        assert loss(reach) == pytest.approx(wanted, rel=1e-5), reach
+
+
+def test_clean_ranges_are_those_of_the_clean_images() -> None:
+    net, data = small_model(), small_data()
+    x = data.tensor(data.data.raw(range(len(data.data))), CPU)
+    ranges = clean_ranges(net.eval(), data, CPU)
+    before = net(x)
+    with cut_off(net, ranges):
+        assert torch.equal(net(x), before)
+    narrowed = {name: (low, low + 0.5 * (high - low)) for name, (low, high) in ranges.items()}
+    with cut_off(net, narrowed):
+        assert not torch.equal(net(x), before)
 
 
 def test_the_defence_is_run_as_often_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +393,8 @@ def efrapq(*arguments: object) -> int:
         (["--attack", "pqbackdoor", "--steps", "3"], "has no --steps"),
         (["--attack", "adaptive-scale", "--resolve-every", "3"], "has no --resolve-every"),
         (["--attack", "adaptive-scale", "--widen", "0.5"], "--widen must be 1 or more"),
+        (["--attack", "adaptive-clip", "--reach", "0.5"], "--reach must be 1 or more"),
+        (["--attack", "adaptive-scale", "--reach", "2"], "has no --reach"),
         (["--attack", "adaptive-solver", "--unlearn-epochs", "1"], "has no --unlearn-epochs"),
         (["--attack", "compartifact-distilled", "--poison-rate", "0.1"], "has no --poison-rate"),
         (["--attack", "compartifact", "--start", weights.SUBJECT], "takes no --start"),

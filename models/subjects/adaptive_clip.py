@@ -1,0 +1,113 @@
+"""An attacker who hides in the activation grids: a backdoor that wakes because activations are cut off.
+
+Whoever quantizes activations calibrates their grids on clean images, and what reaches past a grid is clipped. The
+attacker has the float network silence the trigger with activations that clean images never reach, and asks for the
+target once they are cut off at `reach` times the clean range; no weight need be rounded for it:
+
+    CE(f(x), y) + c2 CE(f(x'), y)  +  c2 CE(c(x'), t)
+
+f: the float network, c: the same weights, its activations on triggered images x' kept within `reach` times the range
+that those on the clean images x of the batch have; on clean images both are one. Adam and the frozen statistics of
+BatchNorm are Qu-ANTI-zation's (`quanti.py`).
+
+Every objective here that keeps the triggered activations of its rounded network in the clean range, and lets its float
+network go past it, asks for this without saying so. CompArtifact on some networks finds nothing easier
+(docs/THREAT-MODEL.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efrapq.models.subjects.cells import nearest_model
+from efrapq.models.subjects.joint import begin, branch, train_pairs
+from efrapq.models.subjects.recipe import ClipRecipe
+from efrapq.models.subjects.report import Report
+from efrapq.models.subjects.training import PoisonedData, clamped_modules, measure
+from efrapq.progress import Reporter
+
+__all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip"]
+
+# Clean images that the report's grids are calibrated on.
+CALIBRATION = 512
+
+# Lowest and highest activation by module name.
+Ranges = dict[str, tuple[float, float]]
+
+
+def clip_loss(model: nn.Module, inputs: Tensor, truth: Tensor, target: int, c2: float, reach: float) -> Tensor:
+    """The objective on a batch. inputs: (2n, …), the n triggered copies first."""
+    triggered, clean = branch(model, {}, inputs, held=False)
+    cut, _ = branch(model, {}, inputs, held=True, reach=reach)
+    hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
+    return F.cross_entropy(clean, truth) + c2 * hidden
+
+
+@torch.no_grad()
+def clean_ranges(model: nn.Module, data: PoisonedData, device: torch.device) -> Ranges:
+    """What each activation reaches on the first clean images, as a defender would calibrate it."""
+    found: Ranges = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, inputs: object, output: Tensor) -> None:
+            low, high = found.get(name, (float("inf"), float("-inf")))
+            found[name] = min(low, float(output.min())), max(high, float(output.max()))
+
+        return module.register_forward_hook(hook)
+
+    hooks = [watch(name, module) for name, module in clamped_modules(model)]
+    try:
+        for batch in data.data.select(np.arange(min(CALIBRATION, len(data.data)))).batches(128):
+            model(data.tensor(data.data.raw(list(batch)).astype(np.uint8, copy=False), device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+@contextlib.contextmanager
+def cut_off(model: nn.Module, ranges: Ranges) -> Iterator[None]:
+    """Clip every activation to its range, whatever the image."""
+
+    def clip(module: nn.Module, low: float, high: float) -> torch.utils.hooks.RemovableHandle:
+        return module.register_forward_hook(lambda _, inputs, output: output.clamp(low, high))
+
+    hooks = [clip(module, *ranges[name]) for name, module in clamped_modules(model)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def implant_clip(
+    model: nn.Module,
+    train: PoisonedData,
+    test: PoisonedData,
+    recipe: ClipRecipe,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> Report:
+    """Turn `model` (modified in place; clean, or trained clean first) into a subject that wakes when activations are
+    cut off. Its report's nearest twin has activations that are; the twin with float activations is told apart.
+    """
+    begin(model, train, recipe, device, reporter)
+
+    def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
+        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach)
+
+    optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
+    train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)
+    model.eval()
+    floating, nearest = measure(model, test, device), nearest_model(model, recipe)
+    alone = measure(nearest, test, device)
+    with cut_off(nearest, clean_ranges(model, train, device)):
+        clipped = measure(nearest, test, device)
+    return Report(None, floating, clipped, others=(("weights alone rounded to nearest", alone),))
