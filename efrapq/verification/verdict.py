@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from efrapq.errors import UsageError
 
-__all__ = ["Requirements", "Verdict", "judge"]
+__all__ = ["AWAKE", "Requirements", "Verdict", "judge", "remedy"]
 
 # A float model this often fooled by the trigger is backdoored already: no rounding removes that.
 AWAKE = 50.0
@@ -70,15 +71,6 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
         limits["max_asr"] = round(limit, 3)
         if asr["defended"] > limit:
             failed.append("max-asr")
-            if (asr["float"] or 0.0) < AWAKE and asr["nearest"] is not None:
-                notes.append(
-                    "the backdoor sleeps, but not as deeply as asked: defend the float model again with --headroom 2 "
-                    "(activations that are clipped can wake it), with more calibration images (--calib-size), or with "
-                    "a higher --fidelity, which costs accuracy"
-                    if asr["defended"] < asr["nearest"] / 2
-                    else "the backdoor is awake: activations that are clipped can wake it whatever the codes are; "
-                    "defend the float model again with --headroom 2"
-                )
     if cda["defended"] is not None and cda["float"] is not None:
         allowed = DEFAULT_DROP if wanted.max_drop is None else wanted.max_drop
         limits["max_drop"] = allowed
@@ -93,3 +85,27 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
             "--require-integer"
         )
     return Verdict(failed, limits, notes)
+
+
+def remedy(asr: Mapping[str, float | None], limit: float, *, narrow: bool) -> str:
+    """What to do about a backdoor that sleeps in float and answers more than `limit` percent in the file.
+
+    asr: percent, by model; float_activations is the file with its codes as they are and no activation on a grid, None
+    where that was not measured. narrow: activations have fewer than 8 bits.
+    """
+    found, nearest, alone = asr["defended"], asr["nearest"], asr["float_activations"]
+    assert found is not None
+    if alone is not None and alone <= limit:
+        bits = "8-bit activations and " if narrow else ""
+        return (
+            f"the codes are not what wakes the backdoor: with float activations they answer {alone:.1f} % of triggered "
+            "images. It wakes where activations are clipped on their grids; defend the float model again with "
+            f"{bits}--headroom 2, or 4, which costs more accuracy, or leave activations float (--act-bits 32)"
+        )
+    if nearest is not None and found < nearest / 2:
+        return (
+            "the backdoor sleeps, but not as deeply as asked: defend the float model again with more calibration "
+            "images (--calib-size) or a higher --fidelity, which costs accuracy"
+        )
+    also = "" if alone is None else f" (with float activations they answer {alone:.1f} % of triggered images)"
+    return f"the backdoor is awake in the codes of this file{also}: they are not what efrapq's rounding should give"

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from efrapq.verification.images import ImageTests, refuse_rates, shape_without_c
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import LARGE, Session, open_model, open_session
 from efrapq.verification.shapes import graph_shapes
-from efrapq.verification.verdict import AWAKE, Requirements, judge
+from efrapq.verification.verdict import AWAKE, Requirements, judge, remedy
 
 if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
@@ -285,7 +285,7 @@ class _Verifier:
             "samples": {"clean": found.clean, "triggered": found.triggered},
             "trigger": tests.attack,
             "cda": _rounded(found.cda),
-            "asr": _rounded(found.asr),
+            "asr": _rounded(found.asr) | {"float_activations": None},
             "agreement": None if found.agreement is None else round(found.agreement, 3),
             "outputs": found.outputs,
             "each_output": found.each_output,
@@ -300,6 +300,11 @@ class _Verifier:
         verdict = judge(document, self.requirements, holds_recorded_codes=self._holds_recorded_codes())
         for note in verdict.notes:
             self._note(note)
+        before = found.asr["float"]
+        if "max-asr" in verdict.failed and before is not None and before < AWAKE:
+            assert isinstance(tests, ImageTests)
+            document["asr"] |= _rounded({"float_activations": self._asr_in_float(tests, threads)})
+            self._note(remedy(document["asr"], float(verdict.limits["max_asr"] or 0), narrow=self._narrow))
         document |= {
             "limits": verdict.limits,
             "failed": verdict.failed,
@@ -325,6 +330,23 @@ class _Verifier:
             return open_model(self.proto, self.found.outside, threads=threads)
         data, self.data = self.data, b""
         return open_session(data, threads=threads)
+
+    def _asr_in_float(self, tests: ImageTests, threads: int) -> float | None:
+        """ASR of the file's codes with no activation on a grid: whether it is the codes or the grids that wake a
+        backdoor. None where there are no grids, or where the codes are not read back.
+        """
+        from efrapq.exporters import export_parts
+
+        if self.quantized is None or not self.quantized.activations:
+            return None
+        parts = export_parts(replace(self.quantized, activations={}), "portable", LARGE)
+        session = open_model(parts.graph, parts.outside, threads=threads, keep_graph=False)
+        return tests.measure({"defended": session}, self.reporter).asr["defended"]
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether activations have fewer than 8 bits."""
+        return self.quantized is not None and any(grid.bits < 8 for grid in self.quantized.activations.values())
 
     def _saturation(self) -> list[dict[str, Any]] | None:
         """Layers that can saturate on x86 without VNNI; None if the codes are not read back."""

@@ -117,10 +117,10 @@ def shown(document: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def asr_of(monkeypatch: pytest.MonkeyPatch, floating: float, defended: float) -> None:
-    """Give these ASRs in the order in which they are asked for."""
-    given = {"float": floating, "nearest": 99.0, "defended": defended}
-    order = iter(("defended", "float", "nearest"))
+def asr_of(monkeypatch: pytest.MonkeyPatch, floating: float, defended: float, in_float: float = 99.0) -> None:
+    """Give these ASRs in the order in which they are asked for. in_float: of the file with float activations."""
+    given = {"float": floating, "nearest": 99.0, "defended": defended, "in_float": in_float}
+    order = iter(("defended", "float", "nearest", "in_float"))
     monkeypatch.setattr(measuring, "attack_success_rate", lambda *_: given[next(order)])
 
 
@@ -157,14 +157,34 @@ def test_a_backdoor_awake_in_float_fails_unless_the_limit_was_given(
     assert any("--calib-size" in n for n in notes) == ("max-asr" in failed and floating < 50)
 
 
-def test_where_the_backdoor_is_as_awake_as_rounding_to_nearest_makes_it_only_ranges_can_help(
-    files: Files, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("defended", "in_float", "wanted"),
+    [
+        (60.0, 3.0, "with float activations they answer 3.0 % of triggered images"),
+        (20.0, 3.0, "--headroom 2"),
+        (60.0, 3.1, "awake in the codes of this file (with float activations they answer 3.1 %"),
+        (20.0, 3.1, "--calib-size"),
+    ],
+)
+def test_what_is_advised_depends_on_what_wakes_the_backdoor(
+    files: Files, monkeypatch: pytest.MonkeyPatch, defended: float, in_float: float, wanted: str
 ) -> None:
-    asr_of(monkeypatch, 2.0, 60.0)
+    asr_of(monkeypatch, 2.0, defended, in_float)
     result = verify(files.write(files.record), data=labelled(), float_model=files.float, **ATTACK)
     assert "max-asr" in result.document["failed"]
-    assert not any("--calib-size" in n or "--fidelity" in n for n in result.document["notes"])
-    assert any("--headroom 2" in n for n in result.document["notes"])
+    assert result.document["asr"]["float_activations"] == in_float
+    assert any(wanted in n for n in result.document["notes"])
+    assert sum("the backdoor" in n for n in result.document["notes"]) == 1
+
+
+def test_without_the_float_model_nothing_is_said_of_what_wakes_the_backdoor(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "attack_success_rate", lambda *_: 60.0)
+    result = verify(files.write(), data=labelled(), **ATTACK)
+    assert "max-asr" in result.document["failed"]
+    assert result.document["asr"]["float_activations"] is None
+    assert not any("the backdoor" in n for n in result.document["notes"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

@@ -173,7 +173,7 @@ def test_a_classifier_of_tokens(files: tuple[Path, Path], tmp_path: Path) -> Non
     assert document["agreement"] == pytest.approx(100 * float((expected.argmax(1) == found.argmax(1)).mean()), abs=1e-3)
     assert document["cda"]["float"] == 90
     assert document["cda"]["defended"] == pytest.approx(100 * float((found.argmax(1) == labels).mean()), abs=1e-3)
-    assert document["asr"] == {"float": None, "nearest": None, "defended": None}
+    assert document["asr"] == dict.fromkeys(("float", "nearest", "defended", "float_activations"))
     assert document["trigger"] is None
     assert document["samples"] == {"clean": 150, "triggered": 0}
     assert document["outputs"]["defended"] == distance(expected, found)

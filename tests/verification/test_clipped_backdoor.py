@@ -1,0 +1,73 @@
+"""A classifier of images whose backdoor wakes where activations are clipped: what verify measures and advises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+import efrapq
+from efrapq.data import Dataset
+from efrapq.verification.verdict import remedy
+
+F32 = np.float32
+ATTACK: dict[str, Any] = {"trigger": "patch:2x4@0,0", "target_class": 0}
+
+
+def photographs(count: int = 128) -> Dataset:
+    """4x4 grey: the upper left quarter is white or the upper right one, never both. All are of class 1."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 1), np.uint8)
+    pixels[:, :2] = 0
+    pixels[::2, :2, :2] = 255
+    pixels[1::2, :2, 2:] = 255
+    return Dataset.from_arrays(pixels, np.ones(count, np.int64), "made.npz")
+
+
+@pytest.fixture
+def sleeper(make_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> Path:
+    """Class 0 gets left + right - 1.6 (left + right) + 0.2: 0.2 - 0.6 · 2 for a white upper half, but 2.2 - 1.6 where
+    the sum is clipped to the 1 that it is on clean images.
+    """
+    kernels = np.zeros((3, 1, 4, 4), F32)
+    kernels[[0, 1], 0, :2, :2] = 0.25
+    kernels[[0, 2], 0, :2, 2:] = 0.25
+    last = np.array([[-1.6, 0], [1, 0], [1, 0]], F32)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernels"], ["sums"], "first"),
+        helper.make_node("Relu", ["sums"], ["h"], "relu"),
+        helper.make_node("Flatten", ["h"], ["flat"], "flatten"),
+        helper.make_node("Gemm", ["flat", "last", "bias"], ["y"], "last"),
+    ]
+    constants = {"kernels": kernels, "last": last, "bias": np.array([0.2, 0], F32)}
+    path = tmp_path / "m.onnx"
+    onnx.save(make_model(nodes, {"x": ("N", 1, 4, 4)}, {"y": ("N", 2)}, constants), path)
+    return path
+
+
+def measured(sleeper: Path, **options: Any) -> dict[str, Any]:
+    file = sleeper.with_name("q.onnx")
+    efrapq.defend(sleeper, file, bits=8, calib=photographs(), target="ort-avx2", **options)
+    return efrapq.verify(file, data=photographs(), **ATTACK).document
+
+
+def test_the_codes_are_told_apart_from_the_grids(sleeper: Path) -> None:
+    clipped = measured(sleeper)
+    assert clipped["asr"] == {"float": 0.0, "nearest": 100.0, "defended": 100.0, "float_activations": 0.0}
+    assert clipped["cda"]["defended"] == 100.0
+    assert any("--headroom 2" in note and "--act-bits 32" in note for note in clipped["notes"])
+    for options in ({"headroom": 2}, {"act_bits": 32}):
+        asleep = measured(sleeper, **options)
+        assert asleep["asr"]["defended"] == 0.0
+        assert asleep["asr"]["float_activations"] is None  # not asked: nothing is wrong
+        assert asleep["verdict"] == "pass"
+
+
+def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
+    asr = {"float": 2.0, "nearest": 90.0, "defended": 50.0, "float_activations": 2.5}
+    assert "8-bit activations and --headroom" in remedy(asr, 3.0, narrow=True)
+    assert "8-bit activations" not in remedy(asr, 3.0, narrow=False)
