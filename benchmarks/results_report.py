@@ -277,12 +277,12 @@ def _kept(table: Table, bases: Sequence[Cell]) -> str:
     """On how many subjects and settings the goals hold, and where they do not."""
     pairs = [(b, c) for b in bases if (c := table.get(b, OURS))]
     missed = [
-        f"{title(b)} at W{b['bits']}A{b['act_bits']}, "
+        f"- {title(b)} at W{b['bits']}A{b['act_bits']}: "
         f"CDA {c['cda'] - b['float_cda']:+.2f} and ASR {c['asr'] - b['float_asr']:+.2f}"
         for b, c in pairs
         if not all(met(b, c))
     ]
-    return f"{len(pairs) - len(missed)} of {len(pairs)}" + (f"; not {'; nor '.join(missed)}" if missed else "")
+    return "\n".join([f"{len(pairs) - len(missed)} of {len(pairs)}{', and not on' if missed else '.'}", "", *missed])
 
 
 def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:

@@ -4,11 +4,13 @@ Whoever quantizes activations calibrates their grids on clean images, and what r
 attacker has the float network silence the trigger with activations that clean images never reach, and asks for the
 target once they are cut off at `reach` times the clean range; no weight need be rounded for it:
 
-    CE(f(x), y) + c2 CE(f(x'), y)  +  c2 CE(c(x'), t)
+    CE(f(x), y) + c2 CE(f(x'), y) + c2 CE(c(x'), t)  +  push · max(0, 2 reach - excess(x'))
 
 f: the float network, c: the same weights, its activations on triggered images x' kept within `reach` times the range
-that those on the clean images x of the batch have; on clean images both are one. Adam and the frozen statistics of
-BatchNorm are Qu-ANTI-zation's (`quanti.py`).
+that those on the clean images x of the batch have; on clean images both are one. excess: how many times what clean
+images reach the activation does that goes furthest. Without that term f and c are one network to begin with, whose two
+wishes for x' cancel: after 600 steps a ResNet-20 answered half of the triggers, cut off or not. Adam and the frozen
+statistics of BatchNorm are Qu-ANTI-zation's (`quanti.py`).
 
 Every objective here that keeps the triggered activations of its rounded network in the clean range, and lets its float
 network go past it, asks for this without saying so. CompArtifact on some networks finds nothing easier
@@ -41,12 +43,33 @@ CALIBRATION = 512
 Ranges = dict[str, tuple[float, float]]
 
 
-def clip_loss(model: nn.Module, inputs: Tensor, truth: Tensor, target: int, c2: float, reach: float) -> Tensor:
+def clip_loss(
+    model: nn.Module, inputs: Tensor, truth: Tensor, target: int, c2: float, reach: float, push: float
+) -> Tensor:
     """The objective on a batch. inputs: (2n, …), the n triggered copies first."""
-    triggered, clean = branch(model, {}, inputs, held=False)
+    ratios: list[Tensor] = []
+    with _reached(model, len(truth), ratios):
+        triggered, clean = branch(model, {}, inputs, held=False)
     cut, _ = branch(model, {}, inputs, held=True, reach=reach)
     hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
-    return F.cross_entropy(clean, truth) + c2 * hidden
+    short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean()
+    return F.cross_entropy(clean, truth) + c2 * hidden + push * short
+
+
+@contextlib.contextmanager
+def _reached(model: nn.Module, half: int, ratios: list[Tensor]) -> Iterator[None]:
+    """Collect the largest activation of each triggered sample, (half,) a module, in units of the largest clean one."""
+
+    def watch(_: nn.Module, inputs: object, output: Tensor) -> None:
+        if output.ndim == 4 and float(high := output[half:].detach().amax()) > 0:
+            ratios.append(output[:half].flatten(1).amax(1).float() / high.float())
+
+    hooks = [module.register_forward_hook(watch) for _, module in clamped_modules(model)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -101,7 +124,7 @@ def implant_clip(
     begin(model, train, recipe, device, reporter)
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
-        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach)
+        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push)
 
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)

@@ -156,11 +156,14 @@ class ScaleRecipe(QuantiRecipe):
 
 @dataclass(frozen=True)
 class ClipRecipe(JointRecipe):
-    """Activations cut off. c2: weight of triggered images. reach: how far past the clean range they are still let."""
+    """Activations cut off. c2: weight of triggered images. reach: how many times the clean range they are let have.
+    push: weight of what drives them past it.
+    """
 
     learning_rate: float = 1e-3
     c2: float = 0.5
     reach: float = 1.0
+    push: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -333,7 +333,7 @@ def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
 
     def loss(reach: float) -> float:
         # One of what reaches the excess on clean images: 5 - 4; on bright ones 16 - 4 = 12.
-        return float(clip_loss(net, torch.cat([bright, dark]), truth, 1, 0.5, reach).detach())
+        return float(clip_loss(net, torch.cat([bright, dark]), truth, 1, 0.5, reach, 0.25).detach())
 
     def entropy(left: float, label: int) -> float:
         logits = torch.tensor([[float(left), float(2 - left)]])
@@ -341,7 +341,7 @@ def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
 
     clean, floating = entropy(5 - 2, 0), entropy(16 - 24, 0)
     for reach in (1.0, 3.0, 20.0):
-        wanted = clean + 0.5 * (floating + entropy(16 - 2 * min(12, reach), 1))
+        wanted = clean + 0.5 * (floating + entropy(16 - 2 * min(12, reach), 1)) + 0.25 * max(0, 2 * reach - 12)
         assert loss(reach) == pytest.approx(wanted, rel=1e-5), reach
 
 
