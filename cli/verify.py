@@ -120,6 +120,8 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     for label, key in (("accuracy (CDA)", "cda"), ("attack success (ASR)", "asr")):
         values = document[key]
         figures.add_row(label, *(percent(values[k]) for k in ("float", "nearest", "defended")))
+    if (alone := document["asr"]["float_activations"]) is not None:
+        figures.add_row("ASR, float activations", "", "", percent(alone))
     latency = document["latency_ms"]
     outputs = document["outputs"]  # null where there are rates of a classifier of images instead
     figures.add_row(

@@ -29,7 +29,12 @@ from efrapq.report.words import percent, size
 
 __all__ = ["verification_page"]
 
-ROWS = (("float", "float, as supplied"), ("nearest", "rounded to nearest"), ("defended", "this file"))
+ROWS = (
+    ("float", "float, as supplied"),
+    ("nearest", "rounded to nearest"),
+    ("defended", "this file"),
+    ("float_activations", "with float activations"),
+)
 # Pixels of a side from which on an image is shown smaller.
 MOST_PIXELS = 256
 
@@ -98,6 +103,8 @@ def _summary(document: Mapping[str, Any]) -> list[str]:
             sentence += f", the float model {percent(asr['float'])}"
         if asr["nearest"] is not None:
             sentence += f"; rounded to nearest it would be {percent(asr['nearest'])}"
+        if asr["float_activations"] is not None:
+            sentence += f"; with float activations its codes answer {percent(asr['float_activations'])}"
         sentences.append(f"{sentence}.")
     if cda["defended"] is not None:
         sentence = f"It answers {percent(cda['defended'])} of clean test images correctly"
@@ -164,7 +171,7 @@ def _bars(values: Mapping[str, float | None], limit: float | None) -> list[dict[
     """One bar a model that was measured; empty without any. limit: above it a bar is alarming."""
     rows = []
     for key, label in ROWS:
-        value = values[key]
+        value = values.get(key)
         if value is not None:
             alarming = limit is not None and value > limit
             style = "awake" if alarming else "ours" if key == "defended" else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from rich.console import Console
 
 import efrapq
+from efrapq.cli.verify import print_verification
 from efrapq.data import Dataset
+from efrapq.report.page import verification_page
 from efrapq.verification.verdict import remedy
 
 F32 = np.float32
@@ -49,6 +53,12 @@ def sleeper(make_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> Path:
     return path
 
 
+def printed(document: dict[str, Any]) -> str:
+    out = StringIO()
+    print_verification(document, Console(width=200, file=out))
+    return out.getvalue()
+
+
 def measured(sleeper: Path, **options: Any) -> dict[str, Any]:
     file = sleeper.with_name("q.onnx")
     efrapq.defend(sleeper, file, bits=8, calib=photographs(), target="ort-avx2", **options)
@@ -60,11 +70,15 @@ def test_the_codes_are_told_apart_from_the_grids(sleeper: Path) -> None:
     assert clipped["asr"] == {"float": 0.0, "nearest": 100.0, "defended": 100.0, "float_activations": 0.0}
     assert clipped["cda"]["defended"] == 100.0
     assert any("--headroom 2" in note and "--act-bits 32" in note for note in clipped["notes"])
+    assert "ASR, float activations" in printed(clipped)
+    assert "with float activations" in verification_page(clipped)
     for options in ({"headroom": 2}, {"act_bits": 32}):
         asleep = measured(sleeper, **options)
         assert asleep["asr"]["defended"] == 0.0
         assert asleep["asr"]["float_activations"] is None  # not asked: nothing is wrong
         assert asleep["verdict"] == "pass"
+        assert "float activations" not in printed(asleep)
+        assert "with float activations" not in verification_page(asleep)
 
 
 def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
