@@ -103,8 +103,8 @@ def _summary(document: Mapping[str, Any]) -> list[str]:
             sentence += f", the float model {percent(asr['float'])}"
         if asr["nearest"] is not None:
             sentence += f"; rounded to nearest it would be {percent(asr['nearest'])}"
-        if asr["float_activations"] is not None:
-            sentence += f"; with float activations its codes answer {percent(asr['float_activations'])}"
+        if (alone := asr.get("float_activations")) is not None:
+            sentence += f"; with float activations its codes answer {percent(alone)}"
         sentences.append(f"{sentence}.")
     if cda["defended"] is not None:
         sentence = f"It answers {percent(cda['defended'])} of clean test images correctly"
