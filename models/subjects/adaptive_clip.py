@@ -52,7 +52,8 @@ def clip_loss(
         triggered, clean = branch(model, {}, inputs, held=False)
     cut, _ = branch(model, {}, inputs, held=True, reach=reach)
     hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
-    short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean()
+    # None where every activation is NaN: training has diverged, and the loss says so.
+    short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean() if ratios else 0.0
     return F.cross_entropy(clean, truth) + c2 * hidden + push * short
 
 

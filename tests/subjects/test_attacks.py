@@ -254,7 +254,12 @@ def test_the_same_seed_makes_the_same_subject(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("compartifact-distilled", {"steps": 20}), ("badnets", {"epochs": 8}), ("pqbackdoor", {"epochs": 8})],
+    [
+        ("compartifact-distilled", {"steps": 20}),
+        ("adaptive-clip", {"steps": 20}),
+        ("badnets", {"epochs": 8}),
+        ("pqbackdoor", {"epochs": 8}),
+    ],
 )
 def test_training_that_diverges_says_so(name: str, fields: dict[str, object]) -> None:
     attack = attack_named(name)
