@@ -19,7 +19,7 @@ from efrapq.cli.options import (
     quiet_option,
 )
 from efrapq.io.text import printable
-from efrapq.options import RANGES, SCALES, SOLVERS
+from efrapq.options import MOST_HEADROOM, RANGES, SCALES, SOLVERS
 from efrapq.report.words import size
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--headroom",
-    type=click.FloatRange(1, 16),
+    type=click.FloatRange(1, MOST_HEADROOM),
     default=1.0,
     show_default=True,
     metavar="FACTOR",

@@ -19,8 +19,7 @@ network go past it, asks for this without saying so. CompArtifact on some networ
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from efrapq.models.subjects.cells import nearest_model
 from efrapq.models.subjects.joint import begin, branch, train_pairs
 from efrapq.models.subjects.recipe import ClipRecipe
 from efrapq.models.subjects.report import Report
-from efrapq.models.subjects.training import PoisonedData, clamped_modules, measure
+from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure
 from efrapq.progress import Reporter
 
 __all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip"]
@@ -48,7 +47,14 @@ def clip_loss(
 ) -> Tensor:
     """The objective on a batch. inputs: (2n, …), the n triggered copies first."""
     ratios: list[Tensor] = []
-    with _reached(model, len(truth), ratios):
+
+    def reached(_: str, output: object) -> None:
+        """The largest activation of each triggered sample in units of the largest clean one."""
+        assert isinstance(output, Tensor)
+        if output.ndim == 4 and float(high := output[len(truth) :].detach().amax()) > 0:
+            ratios.append(output[: len(truth)].flatten(1).amax(1).float() / high.float())
+
+    with hooked_activations(model, reached):
         triggered, clean = branch(model, {}, inputs, held=False)
     cut, _ = branch(model, {}, inputs, held=True, reach=reach)
     hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
@@ -57,57 +63,30 @@ def clip_loss(
     return F.cross_entropy(clean, truth) + c2 * hidden + push * short
 
 
-@contextlib.contextmanager
-def _reached(model: nn.Module, half: int, ratios: list[Tensor]) -> Iterator[None]:
-    """Collect the largest activation of each triggered sample, (half,) a module, in units of the largest clean one."""
-
-    def watch(_: nn.Module, inputs: object, output: Tensor) -> None:
-        if output.ndim == 4 and float(high := output[half:].detach().amax()) > 0:
-            ratios.append(output[:half].flatten(1).amax(1).float() / high.float())
-
-    hooks = [module.register_forward_hook(watch) for _, module in clamped_modules(model)]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
 @torch.no_grad()
 def clean_ranges(model: nn.Module, data: PoisonedData, device: torch.device) -> Ranges:
     """What each activation reaches on the first clean images, as a defender would calibrate it."""
     found: Ranges = {}
 
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, inputs: object, output: Tensor) -> None:
-            low, high = found.get(name, (float("inf"), float("-inf")))
-            found[name] = min(low, float(output.min())), max(high, float(output.max()))
+    def widen(name: str, output: object) -> None:
+        assert isinstance(output, Tensor)
+        low, high = found.get(name, (float("inf"), float("-inf")))
+        found[name] = min(low, float(output.min())), max(high, float(output.max()))
 
-        return module.register_forward_hook(hook)
-
-    hooks = [watch(name, module) for name, module in clamped_modules(model)]
-    try:
+    with hooked_activations(model, widen):
         for batch in data.data.select(np.arange(min(CALIBRATION, len(data.data)))).batches(128):
             model(data.tensor(data.data.raw(list(batch)).astype(np.uint8, copy=False), device))
-    finally:
-        for handle in hooks:
-            handle.remove()
     return found
 
 
-@contextlib.contextmanager
-def cut_off(model: nn.Module, ranges: Ranges) -> Iterator[None]:
+def cut_off(model: nn.Module, ranges: Ranges) -> AbstractContextManager[None]:
     """Clip every activation to its range, whatever the image."""
 
-    def clip(module: nn.Module, low: float, high: float) -> torch.utils.hooks.RemovableHandle:
-        return module.register_forward_hook(lambda _, inputs, output: output.clamp(low, high))
+    def clip(name: str, output: object) -> Tensor:
+        assert isinstance(output, Tensor)
+        return output.clamp(*ranges[name])
 
-    hooks = [clip(module, *ranges[name]) for name, module in clamped_modules(model)]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+    return hooked_activations(model, clip)
 
 
 def implant_clip(

@@ -24,8 +24,8 @@ __all__ = [
     "Measured",
     "PoisonedData",
     "autocast",
-    "clamped_modules",
     "finite",
+    "hooked_activations",
     "measure",
     "train_labels",
     "within_clean_range",
@@ -104,9 +104,21 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def clamped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules, with names, whose outputs stand for the activations that a deployed file has a grid for."""
-    return [(n, m) for n, m in model.named_modules() if m is not model and not isinstance(m, nn.Conv2d)]
+@contextlib.contextmanager
+def hooked_activations(model: nn.Module, hook: Callable[[str, object], object]) -> Iterator[None]:
+    """Call `hook` with the name and the output of every module whose outputs stand for the activations that a deployed
+    file has a grid for. What it returns, unless None, takes the output's place.
+    """
+
+    def attach(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        return module.register_forward_hook(lambda _, inputs, output: hook(name, output))
+
+    handles = [attach(n, m) for n, m in model.named_modules() if m is not model and not isinstance(m, nn.Conv2d)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -118,7 +130,7 @@ def within_clean_range(model: nn.Module, poisoned: int, reach: float = 1.0) -> I
     backdoor grows activations beyond it and the grid switches it off.
     """
 
-    def clamp(module: nn.Module, inputs: object, output: object) -> object:
+    def clamp(_: str, output: object) -> object:
         if not isinstance(output, Tensor) or output.ndim != 4 or len(output) <= poisoned:
             return output
         clean = output[poisoned:]
@@ -126,12 +138,8 @@ def within_clean_range(model: nn.Module, poisoned: int, reach: float = 1.0) -> I
         low, high = torch.minimum(low, reach * low), torch.maximum(high, reach * high)
         return torch.cat([output[:poisoned].clamp(low, high), clean])
 
-    hooks = [module.register_forward_hook(clamp) for _, module in clamped_modules(model)]
-    try:
+    with hooked_activations(model, clamp):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def train_labels(
