@@ -49,7 +49,7 @@ CONTROL = "clean ResNet-20"
 GRADIENT = ("AdaRound", "EFRAP relaxed")
 TRAINED = ("fine-tuned, then RTN", "LAC")
 # ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges are not min-max, which headroom widens.
-ONLY_A8 = ("quantize_static", "efrapq, headroom 2", "efrapq, headroom 4")
+ONLY_A8 = ("quantize_static", "efrapq, stressed", "efrapq, headroom 2", "efrapq, headroom 4")
 QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
 
 Cell = dict[str, Any]

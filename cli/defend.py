@@ -104,6 +104,13 @@ if TYPE_CHECKING:
     "clipped there, and that alone can wake a backdoor. 2 costs one bit of their resolution.",
 )
 @click.option(
+    "--stress/--no-stress",
+    default=True,
+    show_default=True,
+    help="Min-max ranges of a network of images also cover the calibration images with random patches on them: most "
+    "triggers are patches.",
+)
+@click.option(
     "--scale",
     type=click.Choice(SCALES),
     default="minmax",

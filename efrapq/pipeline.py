@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import LayerReport, PassSettings
 
+# By how much patches widen an activation's range before it is worth a word (docs/THREAT-MODEL.md has the figures).
+STANDS_OUT = 2.0
 # Calibration data as defend takes it; see `efrapq.calibration`.
 Calibration = str | Path | Dataset | Mapping[str, NDArray[Any]]
 
@@ -76,6 +78,7 @@ def defend(
     steps: int = 10_000,
     act_range: str = "auto",
     headroom: float = 1.0,
+    stress: bool = True,
     scale: str = "minmax",
     equalize: bool = False,
     rows: int = 32,
@@ -101,7 +104,8 @@ def defend(
     each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
     instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
     model's outputs; auto is minmax at 8 bits and mse at 4. headroom: the factor by which minmax ranges are
-    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. scale: of the weights,
+    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. stress: minmax ranges
+    of a network of images also cover the calibration images with random patches on them. scale: of the weights,
     minmax, mse or refit. equalize: scale channels first, where the network's function stays the same, so that one
     activation grid serves them all. rows: each layer's moments are taken over at most so many rows per input of an
     output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume: continue a
@@ -173,11 +177,15 @@ def defend(
         memory=memory_limit(memory, device),
         block=block,
         headroom=float(headroom),
+        stress=stress,
     )
     quantized, solved, calibration = solve(
         source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
+    if solved.coarser:
+        recorded["stress"] = True
+        calibration["stress"] = _stress(solved.coarser, reporter)
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
@@ -234,6 +242,19 @@ def _files(calib: Calibration | None) -> list[Path]:
     if calib is None or isinstance(calib, Dataset | Mapping):
         return []
     return files_behind(calib)
+
+
+def _stress(coarser: Mapping[str, float], reporter: Reporter) -> dict[str, Any]:
+    """A record of what patches did to the activations' ranges; says so where it is much."""
+    worst = max(coarser, key=lambda name: coarser[name])
+    far = sum(factor > STANDS_OUT for factor in coarser.values())
+    if far:
+        reporter.warn(
+            f"patches on the calibration images drive {far} of {len(coarser)} activations past {STANDS_OUT:g} times what "
+            f"the images alone reach, {printable(worst)} to {coarser[worst]:.1f} times: their grids cover that and "
+            "are coarser for it. Few networks answer so; one with a backdoor in what would be clipped does"
+        )
+    return {"activations": len(coarser), "far": far, "widest": worst, "factor": round(coarser[worst], 3)}
 
 
 def _describe(source: FloatModel) -> str:

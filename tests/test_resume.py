@@ -205,11 +205,12 @@ def test_memory_may_change_in_between(bench: Bench, killed: Any, call: Any, tmp_
         ("--calib-size", "20"),
         ("--scale", "mse"),
         ("--headroom", "2"),
+        ("--no-stress",),
     ],
     ids=lambda o: o[0],
 )
 def test_another_run_s_layers_are_refused(
-    bench: Bench, killed: Any, call: Any, tmp_path: Path, other: tuple[str, str]
+    bench: Bench, killed: Any, call: Any, tmp_path: Path, other: tuple[str, ...]
 ) -> None:
     output = killed(3, tmp_path)
     before = contents(output)

@@ -7,7 +7,7 @@ The executor does not touch autograd: wrap calls in `torch.no_grad()` where no g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from efrapq.errors import LimitError, UnsupportedModelError
 from efrapq.graph.ops import HOST_INPUTS, OPS, standard_domain, supports
-from efrapq.graph.ops_call import Call, as_tensor
+from efrapq.graph.ops_call import Call, Op, as_tensor
 from efrapq.graph.ops_fallback import OrtFallback, reads
 
 __all__ = ["Executor", "reads", "supports"]
@@ -78,10 +78,20 @@ class Executor:
     constants: Mapping[str, Tensor]
     fallback_nodes: tuple[str, ...]
 
-    def __init__(self, model: ir.Model, *, device: torch.device | str = "cpu") -> None:
-        """Raises UnsupportedModelError for constants of types that torch does not hold."""
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        device: torch.device | str = "cpu",
+        instead: Mapping[tuple[str, str], Op] | None = None,
+    ) -> None:
+        """instead: operators by (domain, name) that are computed so, and not as the table has them.
+
+        Raises UnsupportedModelError for constants of types that torch does not hold.
+        """
         self._graph = model.graph
         self._device = torch.device(device)
+        self._instead = instead or {}
         self._opsets = {standard_domain(name): version for name, version in model.opset_imports.items()}
         self._fallback = OrtFallback(model.opset_imports)
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
@@ -120,19 +130,44 @@ class Executor:
             raise ValueError(f"not values of the graph: {', '.join(unknown)}")
         if outputs is None:
             outputs = [value.name for value in self._graph.outputs if value.name]
-        values = {name: self._place(t) for name, t in (replaced | dict(feeds)).items()}
+        values = self._placed(replaced | dict(feeds))
+        for _ in self._walk(values, frozenset(feeds), self._plan(frozenset(feeds), tuple(outputs))):
+            pass
+        return {name: values[name] if name in values else self.constants[name] for name in outputs}
 
-        def value_of(name: str) -> Tensor:
+    def visit(self, feeds: Mapping[str, Tensor], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The values of these names, one after the other as they are computed: none is kept for longer than the nodes
+        that read it need. Raises as `run` does.
+        """
+        wanted = set(names)
+        values = self._placed(feeds)
+        yield from ((name, value) for name, value in values.items() if name in wanted)
+        fed = frozenset(feeds)
+        for node in self._walk(values, fed, self._make_plan(fed, tuple(names), keep=False)):
+            for output in node.outputs:
+                if output.name in wanted and output.name not in fed:
+                    yield str(output.name), values[str(output.name)]
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._place(tensor) for name, tensor in tensors.items()}
+
+    def _walk(self, values: dict[str, Tensor], fed: frozenset[str], plan: _Plan) -> Iterator[ir.Node]:
+        """Run the plan's nodes on `values`, which grow by what is computed and lose what is not needed any more."""
+
+        def value_of(value: ir.Value | None) -> Tensor | None:
+            if value is None:
+                return None
+            name = value.name or ""
             return values[name] if name in values else self.constants[name]
 
-        for node, finished in self._plan(frozenset(feeds), tuple(outputs)).steps:
-            results = self.run_node(node, [None if v is None else value_of(v.name or "") for v in reads(node)])
+        for node, finished in plan.steps:
+            results = self.run_node(node, [value_of(value) for value in reads(node)])
             for value, result in zip(node.outputs, results, strict=False):
-                if value.name and value.name not in feeds:
+                if value.name and value.name not in fed:
                     values[value.name] = result
+            yield node
             for name in finished:
                 values.pop(name, None)
-        return {name: value_of(name) for name in outputs}
 
     def run_node(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The outputs of one node, of this graph or with its opsets. inputs: a value for each of `reads(node)`, which
@@ -162,7 +197,7 @@ class Executor:
 
     def _results(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         key = (standard_domain(node.domain), node.op_type)
-        op = OPS.get(key)
+        op = self._instead.get(key) or OPS.get(key)
         if op is None:
             return self._fallback.run(node, inputs)
         if self._device.type != "cpu":
@@ -189,7 +224,8 @@ class Executor:
             self._plans[fed, wanted] = self._make_plan(fed, wanted)
         return self._plans[fed, wanted]
 
-    def _make_plan(self, fed: frozenset[str], wanted: tuple[str, ...]) -> _Plan:
+    def _make_plan(self, fed: frozenset[str], wanted: tuple[str, ...], *, keep: bool = True) -> _Plan:
+        """keep: whether what is wanted stays to the end."""
         known = fed | self.constants.keys()
         needed: set[ir.Node] = set()
         pending = list(wanted)
@@ -205,7 +241,7 @@ class Executor:
                 needed.add(node)
                 pending.extend(value.name or "" for value in reads(node) if value is not None)
         steps: list[tuple[ir.Node, tuple[str, ...]]] = []
-        read_later = set(wanted)
+        read_later = set(wanted) if keep else set()
         for node in reversed([node for node in self._graph if node in needed]):
             touched = dict.fromkeys(v.name for v in (*reads(node), *node.outputs) if v is not None and v.name)
             steps.append((node, tuple(name for name in touched if name not in read_later)))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from efrapq.graph.ops_call import DTYPES, NARROW, Call, Op, element_type, normalized
 
-__all__ = ["QUANT_OPS"]
+__all__ = ["CODE_RANGES", "QUANT_OPS", "aligned", "code_type"]
 
-_RANGES = {
+# Lowest and highest code of each type.
+CODE_RANGES: dict[ir.DataType, tuple[int, int]] = {
     ir.DataType.INT2: (-2, 1),
     ir.DataType.UINT2: (0, 3),
     ir.DataType.INT4: (-8, 7),
@@ -39,32 +40,38 @@ def _converted(call: Call, x: Tensor, kind: ir.DataType) -> Tensor:
         raise ValueError(f"casting to {kind.name} is not supported")
     dtype = DTYPES[kind]
     if kind in NARROW:  # the low bits are kept, as in every narrowing cast
-        low, high = _RANGES[kind]
+        low, high = CODE_RANGES[kind]
         return ((x.to(torch.int32) - low) % (high - low + 1) + low).to(dtype)
     return x.to(call.device, dtype) if dtype.is_floating_point else x.to(dtype)
 
 
-def _quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """saturate(round(x / scale) + zero_point); x of any shape, one scale for all, an axis, or blocks of an axis."""
+def code_type(call: Call, zero_point: Tensor | None) -> ir.DataType:
+    """The type that a QuantizeLinear node quantizes to. Raises ValueError for one that holds no integers."""
     kind = ir.DataType(call.integer("output_dtype", 0))
     if kind == ir.DataType.UNDEFINED:
         kind = _declared(call, 2) or (ir.DataType.UINT8 if zero_point is None else element_type(zero_point))
-    if kind not in _RANGES:
+    if kind not in CODE_RANGES:
         raise ValueError(f"quantizing to {kind.name} is not supported")
+    return kind
+
+
+def _quantize_linear(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """saturate(round(x / scale) + zero_point); x of any shape, one scale for all, an axis, or blocks of an axis."""
+    kind = code_type(call, zero_point)
     x = x if x.is_floating_point() else x.to(torch.float32)
-    codes = torch.round(x / _aligned(call, scale, x).to(x.dtype))
+    codes = torch.round(x / aligned(call, scale, x).to(x.dtype))
     if zero_point is not None:
-        codes = codes + _aligned(call, zero_point, x).to(x.dtype)
-    return codes.clamp(*_RANGES[kind]).to(DTYPES[kind])
+        codes = codes + aligned(call, zero_point, x).to(x.dtype)
+    return codes.clamp(*CODE_RANGES[kind]).to(DTYPES[kind])
 
 
 def _dequantize_linear(call: Call, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """(codes - zero_point) · scale, in the type of the scale."""
     difference = codes.to(torch.int32)
     if zero_point is not None:
-        difference = difference - _aligned(call, zero_point, codes).to(torch.int32)
+        difference = difference - aligned(call, zero_point, codes).to(torch.int32)
     kind = ir.DataType(call.integer("output_dtype", 0))
-    reals = difference.to(scale.dtype) * _aligned(call, scale, codes)
+    reals = difference.to(scale.dtype) * aligned(call, scale, codes)
     return reals if kind == ir.DataType.UNDEFINED else reals.to(DTYPES[kind])
 
 
@@ -72,7 +79,7 @@ def _declared(call: Call, index: int) -> ir.DataType | None:
     return call.input_types[index] if index < len(call.input_types) else None
 
 
-def _aligned(call: Call, parameter: Tensor, x: Tensor) -> Tensor:
+def aligned(call: Call, parameter: Tensor, x: Tensor) -> Tensor:
     """A scale or zero point in a shape that broadcasts against x."""
     if parameter.numel() == 1 and parameter.dim() <= 1:
         return parameter.reshape(())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
 from efrapq.calibration.output_ranges import choose_limits
-from efrapq.calibration.placed import Calibrator
+from efrapq.calibration.placed import Calibrator, Limits
+from efrapq.calibration.stress import stressed_limits
 from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
@@ -40,7 +42,8 @@ __all__ = ["Solved", "Walk", "streaming_pass"]
 @dataclass(frozen=True)
 class Solved:
     """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
-    of activations that went through temporary files. seconds: the whole pass took.
+    of activations that went through temporary files. seconds: the whole pass took. coarser: by value name, the factor
+    by which patches on the images made its range wider; empty where none were tried.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -49,6 +52,7 @@ class Solved:
     fallback: tuple[str, ...]
     filed: int = 0
     seconds: float = 0.0
+    coarser: dict[str, float] = field(default_factory=dict)
 
 
 def streaming_pass(
@@ -174,18 +178,32 @@ class Walk:
             self.executor.fallback_nodes,
             filed,
             time.perf_counter() - started,
+            self.calibrator.coarser,
         )
 
     def _calibrator(self, reporter: Reporter) -> Calibrator:
         """What chooses the activations' grids."""
         settings, about = self.settings, (self.graph, self.executor, self.placement)
         if settings.act_range != "output" or not self.placement.grids:
-            return Calibrator(*about, settings.act_range, device=self.device, headroom=settings.headroom)
+            options: dict[str, Any] = {"device": self.device, "headroom": settings.headroom}
+            if settings.stress and settings.act_range == "minmax" and self.placement.grids:
+                options["stressed"] = self._stressed(reporter)
+            return Calibrator(*about, settings.act_range, **options)
         limits = choose_limits(*about, self.inputs, self.device, settings.memory, reporter)
         reporter.note(
             f"{len(limits)} of {len(self.placement.grids)} activations have ranges by their effect on the outputs"
         )
         return Calibrator(*about, "mse", limits, self.device)
+
+    def _stressed(self, reporter: Reporter) -> Mapping[str, Limits]:
+        """What values reach under patches, where the inputs are images."""
+        images = [given for given in self.inputs if not isinstance(given, Feeds)]
+        names = [str(v.name) for v in self.graph.inputs if v.name not in self.executor.constants]
+        if len(images) != self.chunks or any(given.dim() != 4 for given in images):
+            return {}
+        return stressed_limits(
+            self.executor, names[0], images, list(self.placement.grids), self.settings.seed, reporter
+        )
 
     # The two streams.
 

@@ -1,0 +1,75 @@
+"""Activation ranges under stress: what calibration images reach once something strange lies on them.
+
+A trigger is something that no calibration image shows, and it can drive an activation past everything that they reach.
+The grid ends there, so the value is clipped, and a network whose float form silences the trigger with that very value
+is awake. Whoever calibrates does not know the trigger, but most are small and lie on the image as a patch does: so the
+ranges cover the same images with random patches, too. Of networks without such an answer that costs next to nothing
+(docs/THREAT-MODEL.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from efrapq.graph.executor import Executor
+from efrapq.preprocess import layout_of
+from efrapq.progress import Reporter
+
+__all__ = ["patched", "stressed_limits"]
+
+# Sides of a patch, as shares of the image's shorter one: those of published triggers are 1/8 (4 of 32) to 1/5.
+SMALLEST, LARGEST = 1 / 8, 1 / 4
+
+
+def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """The images with one square patch on each, white, black, of one colour, or of noise, somewhere.
+
+    images: (n, C, H, W) or (n, H, W, C) float32 model inputs. low, high: what black and white are in each channel, in a
+    shape that broadcasts against them.
+    """
+    out = images.clone()
+    last = layout_of(images.shape) == "NHWC"
+    height, width = images.shape[1:3] if last else images.shape[2:4]
+    sides = [max(1, round(share * min(height, width))) for share in (SMALLEST, LARGEST)]
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for image in out:
+        side = draw(*sides)
+        row, col = draw(0, height - side), draw(0, width - side)
+        rows, cols = slice(row, row + side), slice(col, col + side)
+        window = image[rows, cols, :] if last else image[:, rows, cols]
+        noise = torch.rand(window.shape, generator=generator)
+        colour = torch.rand(low.shape[1:], generator=generator)
+        share = (torch.ones(()), torch.zeros(()), colour, noise)[draw(0, 3)]
+        window.copy_(low[0] + (high - low)[0] * share)
+    return out
+
+
+def stressed_limits(
+    executor: Executor, name: str, chunks: Sequence[Tensor], placed: Sequence[str], seed: int, reporter: Reporter
+) -> Mapping[str, tuple[float, float]]:
+    """Lowest and highest of each placed value over the calibration images with patches on them, by the value's name.
+
+    name: of the input. chunks: of it, images in the model's layout, on the CPU. Values that become NaN or infinite
+    under a patch are left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    axes = (0, 1, 2) if layout_of(chunks[0].shape) == "NHWC" else (0, 2, 3)
+    low = torch.stack([chunk.amin(axes, keepdim=True) for chunk in chunks]).amin(0)
+    high = torch.stack([chunk.amax(axes, keepdim=True) for chunk in chunks]).amax(0)
+    found: dict[str, tuple[float, float]] = {}
+    with reporter.task("stress", len(chunks)) as task, torch.no_grad():
+        for chunk in chunks:
+            images = patched(chunk, low, high, generator)
+            for value, tensor in executor.visit({name: images}, placed):
+                least, most = map(float, tensor.aminmax())
+                if torch.isfinite(torch.tensor([least, most])).all():
+                    before = found.get(value, (least, most))
+                    found[value] = min(least, before[0]), max(most, before[1])
+            task.advance("", 1.0)
+    return found
