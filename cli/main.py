@@ -19,6 +19,7 @@ COMMANDS = {
     "defend": "quantize a float model with EFRAP rounding",
     "export": "write a defended file for another runtime",
     "verify": "measure accuracy and attack success in ONNX Runtime",
+    "search": "look for a trigger that nobody gave",
     "inspect": "show what a model file holds and what would be quantized",
     "implant": "make a backdoored test subject",
     "demo": "defend a real backdoored network, offline, and show the figures",

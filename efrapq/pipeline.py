@@ -250,9 +250,9 @@ def _stress(coarser: Mapping[str, float], reporter: Reporter) -> dict[str, Any]:
     far = sum(factor > STANDS_OUT for factor in coarser.values())
     if far:
         reporter.warn(
-            f"patches on the calibration images drive {far} of {len(coarser)} activations past {STANDS_OUT:g} times what "
-            f"the images alone reach, {printable(worst)} to {coarser[worst]:.1f} times: their grids cover that and "
-            "are coarser for it. Few networks answer so; one with a backdoor in what would be clipped does"
+            f"patches on the calibration images drive {far} of {len(coarser)} activations past {STANDS_OUT:g} times "
+            f"what the images alone reach, {printable(worst)} to {coarser[worst]:.1f} times: their grids cover that "
+            "and are coarser for it. Few networks answer so; one with a backdoor in what would be clipped does"
         )
     return {"activations": len(coarser), "far": far, "widest": worst, "factor": round(coarser[worst], 3)}
 

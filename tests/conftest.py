@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save
 from torch import nn
 
+from efrapq.data import Dataset
 from efrapq.exporters import export_model
 from efrapq.graph import from_torch
 from efrapq.graph.copies import place_copies
@@ -229,6 +230,38 @@ def _images(count: int, channels: int = 3, size: int = 8, seed: int = 0) -> NDAr
 def images() -> Callable[..., NDArray[np.float32]]:
     """(count, channels=3, size=8, seed=0) → smooth seeded images, NCHW float32."""
     return _images
+
+
+# Of a 16x16 image: clean ones have one of them white, the trigger all.
+SLEEPER_PIXELS = (7, 7), (7, 8), (7, 9)
+
+
+@pytest.fixture
+def clipped_sleeper(tmp_path: Path) -> tuple[Path, Dataset]:
+    """A float classifier whose backdoor, three white pixels side by side, wakes where activations are clipped; and
+    images for it, 16x16 grey, dark but for one of the three. All are of class 1.
+
+    Class 0 gets a + b + c - 1.6 (a + b + c) + 0.2 of the pixels: -1.6 for three white ones, but 1.6 where their sum is
+    clipped to the 1 that it is on clean images.
+    """
+    kernels = np.zeros((4, 1, 16, 16), np.float32)
+    for feature, places in enumerate((SLEEPER_PIXELS, *((pixel,) for pixel in SLEEPER_PIXELS))):
+        for row, col in places:
+            kernels[feature, 0, row, col] = 1
+    nodes = [
+        helper.make_node("Conv", ["x", "kernels"], ["sums"], "first"),
+        helper.make_node("Relu", ["sums"], ["h"], "relu"),
+        helper.make_node("Flatten", ["h"], ["flat"], "flatten"),
+        helper.make_node("Gemm", ["flat", "last", "bias"], ["y"], "last"),
+    ]
+    last = np.array([[-1.6, 0], [1, 0], [1, 0], [1, 0]], np.float32)
+    constants = {"kernels": kernels, "last": last, "bias": np.array([0.2, 0], np.float32)}
+    onnx.save(_make_model(nodes, {"x": ("N", 1, 16, 16)}, {"y": ("N", 2)}, constants), tmp_path / "m.onnx")
+    pixels = np.random.default_rng(0).integers(0, 100, (512, 16, 16, 1), np.uint8)
+    for place, (row, col) in enumerate(SLEEPER_PIXELS):
+        pixels[:, row, col] = 0
+        pixels[place::3, row, col] = 255
+    return tmp_path / "m.onnx", Dataset.from_arrays(pixels, np.ones(512, np.int64), "made.npz")
 
 
 # ONNX Runtime.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,13 +13,11 @@ from numpy.typing import NDArray
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
 from efrapq.cpu import describe_cpu
 from efrapq.data import Dataset, require_there
-from efrapq.errors import DataError, InputError, LimitError, UnsupportedModelError, UsageError
+from efrapq.errors import UnsupportedModelError, UsageError
 from efrapq.io import OnnxFile, Source, is_quantized, load_onnx, printable, read_source
-from efrapq.io.source import read_fd
-from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, image_input, load, open_for
+from efrapq.loading import open_for
 from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter, Silent
-from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.report.page import verification_page
 from efrapq.trigger import parse_trigger
 from efrapq.verification.advice import slower_because
@@ -34,6 +29,7 @@ from efrapq.verification.images import ImageTests, refuse_rates, shape_without_c
 from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import LARGE, Session, open_model, open_session
 from efrapq.verification.shapes import graph_shapes
+from efrapq.verification.subject import Subject
 from efrapq.verification.verdict import AWAKE, Requirements, judge, remedy
 
 if TYPE_CHECKING:
@@ -42,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["VERIFY_SCHEMA", "Verification", "verify"]
 
 VERIFY_SCHEMA = "efrapq.verify/1"
-MAX_EVIDENCE_BYTES = 16 << 20
 NEEDED_FOR_DROP = "--max-drop needs labelled --data and the float model (--float)"
 
 
@@ -136,119 +131,20 @@ def verify(
     return checked.run(ImageTests(dataset, effective, parsed, target_class, needs_cda, axes), threads)
 
 
-class _Verifier:
+class _Verifier(Subject):
     def __init__(self, source: Source, found: OnnxFile, requirements: Requirements, reporter: Reporter) -> None:
         from efrapq.exporters import read_quantized
 
-        proto = found.model
-        self.name = source.name
-        self.path = source.path
-        self.sha256 = source.sha256
-        self.found = found
+        super().__init__(source, found, reporter)
         # The bytes as they are in the file, where they are all of the model.
         self.data = None if found.external or found.outside else source.data
         self.bytes = len(source.data) + found.external_bytes
-        self.proto = proto
-        self.metadata = {p.key: p.value for p in proto.metadata_props}
-        self.input_shape = image_input(proto)
         self.requirements = requirements
-        self.reporter = reporter
-        self.notes: list[str] = []
-        self.source: FloatModel | None = None
         self.quantized: QuantizedModel | None = None
-        self.recorded = self._read_evidence()
-        # The parts that are read here, of the kind that they must be.
-        self.evidence = {key: value for key, value in self.recorded.items() if isinstance(value, dict)}
         try:
-            self.quantized = read_quantized(proto, found.outside)
+            self.quantized = read_quantized(self.proto, found.outside)
         except UnsupportedModelError as exc:
-            self._note(f"codes are not read back: {exc}")
-
-    def _note(self, text: str) -> None:
-        text = printable(text, 1000)  # parts of it may come from the file
-        self.notes.append(text)
-        self.reporter.warn(text)
-
-    # The float reference.
-
-    def find_float(
-        self,
-        float_model: str | Path | None,
-        arch: str | None,
-        input_shape: tuple[int, int, int] | None,
-        trust_pickle: bool,
-    ) -> None:
-        wanted = self.metadata.get("efrapq.source.sha256")
-        path = Path(float_model) if float_model is not None else self._recorded_float(wanted)
-        if path is None:
-            self._note("no float model to compare with: pass --float with the model that was defended")
-            return
-        self.source = load(path, arch=arch, input_shape=input_shape or self._own_image(arch), trust_pickle=trust_pickle)
-        if wanted and self.source.sha256 != wanted:
-            raise InputError(
-                f"{self.source.name}: is not the model that {self.name} was made from (its SHA-256 differs); "
-                "pass the right one with --float"
-            )
-        recorded = self.evidence.get("input", {})
-        external = recorded.get("external", self.source.external)
-        if recorded.get("sha256") == self.source.sha256 and external != self.source.external:
-            raise InputError(
-                f"{self.source.name}: its external data are not those that {self.name} was made from (their SHA-256 "
-                "differ from the evidence); pass the right model with --float"
-            )
-
-    def _own_image(self, arch: str | None) -> tuple[int, int, int] | None:
-        """(C, H, W) of the file, for a network of the user's own, which does not say what it takes; None if dynamic."""
-        if arch is None or ":" not in arch or len(self.input_shape) != 4:
-            return None
-        _, channels, height, width = self.input_shape
-        return (channels, height, width) if channels and height and width else None
-
-    def _recorded_float(self, wanted: str | None) -> Path | None:
-        """The defended model's path, from the evidence beside the file, if it is still that model."""
-        recorded = self.evidence.get("input", {}).get("path")
-        if not wanted or not isinstance(recorded, str):
-            return None
-        for path in (Path(recorded), self.path.parent / Path(recorded).name):
-            try:
-                if read_source(path).sha256 == wanted:
-                    return path
-            except InputError:
-                continue  # the evidence is a hint, from whoever wrote it
-        return None
-
-    def _read_evidence(self) -> dict[str, Any]:
-        """The evidence beside the file; empty where there is none that can be read."""
-        path = self.path.with_suffix(".json")
-        try:
-            document = json.loads(_read_evidence_file(path))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError, InputError):
-            document = None
-        if not isinstance(document, dict) or document.get("schema") != EVIDENCE_SCHEMA:
-            self._note(f"{printable(path)}: is not efrapq evidence, ignored")
-            return {}
-        return document
-
-    def preprocess(self, given: Preprocess | PreprocessOverride | None) -> Preprocess:
-        """What the user gave over what the file records, or else the float model's record."""
-        effective, known = effective_preprocess(given, self._recorded_preprocess(given))
-        if not known:
-            self._note(
-                "no preprocessing is recorded: pixels are scaled to 0–1; pass --mean and --std if the model wants more"
-            )
-        return effective or Preprocess()
-
-    def _recorded_preprocess(self, given: Preprocess | PreprocessOverride | None) -> Preprocess | None:
-        if PREPROCESS_KEY in self.metadata:
-            try:
-                return Preprocess.from_json(self.metadata[PREPROCESS_KEY])
-            except DataError:
-                if given is None or (isinstance(given, PreprocessOverride) and not given.says_colours):
-                    raise
-                self._note("the file's preprocessing record is unreadable: what was given is used instead")
-        return self.source.preprocess if self.source is not None else None
+            self.note(f"codes are not read back: {exc}")
 
     # The measurements.
 
@@ -260,7 +156,7 @@ class _Verifier:
         comparison = self._add_references(sessions, tests, threads)
         found = tests.measure(sessions, self.reporter)
         for note in found.notes:
-            self._note(note)
+            self.note(note)
         session = sessions["defended"]
         first = next((v.name for v in self.proto.graph.input), "")
         shapes = graph_shapes(self.proto, session.optimized, tests.sizes(first, self.metadata))
@@ -299,25 +195,25 @@ class _Verifier:
         }
         verdict = judge(document, self.requirements, holds_recorded_codes=self._holds_recorded_codes())
         for note in verdict.notes:
-            self._note(note)
+            self.note(note)
         before = found.asr["float"]
         if "max-asr" in verdict.failed and before is not None and before < AWAKE:
             assert isinstance(tests, ImageTests)
             document["asr"] |= _rounded({"float_activations": self._asr_in_float(tests, threads)})
-            self._note(remedy(document["asr"], float(verdict.limits["max_asr"] or 0), narrow=self._narrow))
+            self.note(remedy(document["asr"], float(verdict.limits["max_asr"] or 0), narrow=self._narrow))
         document |= {
             "limits": verdict.limits,
             "failed": verdict.failed,
             "verdict": "fail" if verdict.failed else "pass",
         }
         if document["saturation"] and describe_cpu()[1] is False:
-            self._note(
+            self.note(
                 f"this CPU has no VNNI: sums can saturate here, in {len(document['saturation'])} of the file's layers, "
                 "and the figures are those of such CPUs; export with --target ort-avx2 for exact sums on any x86"
             )
         asr = found.asr["float"] or 0.0
         if asr >= AWAKE:
-            self._note(
+            self.note(
                 f"the float model itself answers the trigger ({asr:.1f} % ASR): that backdoor is awake before "
                 "any quantization, and no rounding removes it"
             )
@@ -378,11 +274,11 @@ class _Verifier:
             equalize(reference, exponents_from_json(self.metadata[EQUALIZED_KEY]))
         twin = nearest_twin(self.quantized, reference)
         if twin is None:
-            self._note("the file's layers do not correspond to the float model's: no nearest twin, codes not compared")
+            self.note("the file's layers do not correspond to the float model's: no nearest twin, codes not compared")
             return None
         target = self.metadata.get("efrapq.target", "portable")
         if target not in PROFILES:
-            self._note(f"the file says that it is for the unknown target '{printable(target)}': its twin is portable")
+            self.note(f"the file says that it is for the unknown target '{printable(target)}': its twin is portable")
             target = "portable"
         parts = export_parts(twin, target, LARGE)
         del twin  # of a large model, whatever is not needed any more is much
@@ -421,7 +317,7 @@ class _Verifier:
         if comparison is not None:
             checks.append(comparison.neighbours)
             for name in comparison.strangers[:3]:
-                self._note(f"layer {printable(name)}: holds codes that are no neighbours of the float weights")
+                self.note(f"layer {printable(name)}: holds codes that are no neighbours of the float weights")
         return {
             "layers": len(self.quantized.weights),
             "match": all(checks) if checks else None,
@@ -436,20 +332,11 @@ class _Verifier:
 
     def _latency(self, sessions: dict[str, Session], tests: ImageTests | ArrayTests) -> dict[str, float | None]:
         """Median milliseconds for one sample, float and defended taking turns."""
-        times = tests.latency({n: sessions[n] for n in ("float", "defended") if n in sessions}, self._note)
+        times = tests.latency({n: sessions[n] for n in ("float", "defended") if n in sessions}, self.note)
         return {name: round(times[name], 4) if name in times else None for name in ("float", "defended")}
 
     def _holds_recorded_codes(self) -> bool:
         return self.quantized is not None and self._evidence_codes() == self.quantized.digest
-
-
-def _read_evidence_file(path: Path) -> bytes:
-    """Whatever lies beside a file from outside is from outside too. Raises OSError, ValueError or InputError."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_EVIDENCE_BYTES:
-        raise LimitError(f"{printable(path)}: is no evidence file")
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    return read_fd(fd, printable(path), MAX_EVIDENCE_BYTES)
 
 
 def _layer_record(layer: LayerCodes) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import helper
 
 import efrapq
 from efrapq.calibration.stress import patched
@@ -49,47 +48,14 @@ def test_one_square_patch_on_each_image(channels_last: bool) -> None:
     assert not torch.equal(found, patched(images, low, high, torch.Generator().manual_seed(1)))
 
 
-PIXELS = (7, 7), (7, 8), (7, 9)
-
-
-def photographs(count: int = 512) -> Dataset:
-    """16x16 grey, dark but for one of three pixels side by side, never two. All are of class 1."""
-    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 1), np.uint8)
-    for place, (row, col) in enumerate(PIXELS):
-        pixels[:, row, col] = 0
-        pixels[place::3, row, col] = 255
-    return Dataset.from_arrays(pixels, np.ones(count, np.int64), "made.npz")
-
-
-@pytest.fixture
-def sleeper(make_model: Callable[..., onnx.ModelProto], tmp_path: Path) -> Path:
-    """Class 0 gets a + b + c - 1.6 (a + b + c) + 0.2 of the pixels: -1.6 for three white ones, but 1.6 where their sum
-    is clipped to the 1 that it is on clean images.
-    """
-    kernels = np.zeros((4, 1, 16, 16), F32)
-    for feature, places in enumerate((PIXELS, PIXELS[:1], PIXELS[1:2], PIXELS[2:])):
-        for row, col in places:
-            kernels[feature, 0, row, col] = 1
-    nodes = [
-        helper.make_node("Conv", ["x", "kernels"], ["sums"], "first"),
-        helper.make_node("Relu", ["sums"], ["h"], "relu"),
-        helper.make_node("Flatten", ["h"], ["flat"], "flatten"),
-        helper.make_node("Gemm", ["flat", "last", "bias"], ["y"], "last"),
-    ]
-    last = np.array([[-1.6, 0], [1, 0], [1, 0], [1, 0]], F32)
-    constants = {"kernels": kernels, "last": last, "bias": np.array([0.2, 0], F32)}
-    path = tmp_path / "m.onnx"
-    onnx.save(make_model(nodes, {"x": ("N", 1, 16, 16)}, {"y": ("N", 2)}, constants), path)
-    return path
-
-
-def test_a_backdoor_in_what_is_clipped_sleeps_by_default(sleeper: Path) -> None:
+def test_a_backdoor_in_what_is_clipped_sleeps_by_default(clipped_sleeper: tuple[Path, Dataset]) -> None:
     """Nobody tells defend the trigger: three white pixels, which a patch covers now and then."""
+    sleeper, photographs = clipped_sleeper
     rates, reports = {}, {}
     for stress in (False, True):
         file, reports[stress] = sleeper.with_name(f"{stress}.onnx"), Silent()
-        efrapq.defend(sleeper, file, calib=photographs(), stress=stress, reporter=reports[stress], **OPTIONS)
-        document = efrapq.verify(file, data=photographs(), trigger="patch:1x3@7,7", target_class=0).document
+        efrapq.defend(sleeper, file, calib=photographs, stress=stress, reporter=reports[stress], **OPTIONS)
+        document = efrapq.verify(file, data=photographs, trigger="patch:1x3@7,7", target_class=0).document
         rates[stress] = document["asr"]["float"], document["asr"]["defended"]
         assert document["cda"]["defended"] == 100.0
     assert rates == {False: (0.0, 100.0), True: (0.0, 0.0)}

@@ -31,7 +31,7 @@ from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.report.evidence import EVIDENCE_SCHEMA
 from efrapq.verification import Requirements, verify
 from efrapq.verification import images as measuring
-from efrapq.verification import verifier as module
+from efrapq.verification import subject as module
 
 ATTACK: dict[str, Any] = {"trigger": "patch:2x2@0,0", "target_class": 0}
 

@@ -1,0 +1,289 @@
+"""search_trigger(): look for a trigger that a quantized file answers and its float model does not."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efrapq.calibration.signature import image_layout, model_inputs, takes_images
+from efrapq.data import Dataset, require_there
+from efrapq.errors import DataError, UnsupportedModelError, UsageError
+from efrapq.io import check_output, is_quantized, load_onnx, printable, read_source, write_atomic
+from efrapq.loading import open_for
+from efrapq.preprocess import Preprocess, PreprocessOverride
+from efrapq.progress import Reporter, Silent, Task
+from efrapq.trigger import Trigger
+from efrapq.verification.images import shape_without_classes
+from efrapq.verification.metrics import predict
+from efrapq.verification.session import Session, open_model
+from efrapq.verification.subject import Subject
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from efrapq.hunt.patch import Network, Patch
+
+__all__ = ["SEARCH_SCHEMA", "Found", "search_trigger"]
+
+SEARCH_SCHEMA = "efrapq.search/1"
+# The window's side, as a share of the image's shorter one: 6 of 32.
+SHARE = 3 / 16
+# Percent of images that a trigger turns in the file more than in the float model; and how many times what the same
+# search finds with the two exchanged. Both have to be reached (docs/THREAT-MODEL.md has what honest networks reach).
+MOST_HONEST, ONE_SIDED = 50.0, 2.0
+# Images for the search, and as many others to measure what it found on.
+IMAGES = 512
+FEWEST = 32
+
+
+@dataclass(frozen=True)
+class Found:
+    """document: schema efrapq.search/1. trigger: the content of an .npz file with mask and pattern, as --trigger takes
+    it; of the best patch, whether or not it is a trigger.
+    """
+
+    document: dict[str, Any]
+    trigger: bytes
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return bool(self.document["verdict"] == "pass")
+
+
+def search_trigger(
+    model: str | Path,
+    *,
+    data: str | Path | Dataset,
+    output: str | Path | None = None,
+    float_model: str | Path | None = None,
+    arch: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    preprocess: Preprocess | PreprocessOverride | None = None,
+    side: int | None = None,
+    steps: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    trust_pickle: bool = False,
+    reporter: Reporter | None = None,
+) -> Found:
+    """Look for one patch that turns a quantized file's answers into one class, and not its float model's.
+
+    data: images, whose labels are not needed; half of them (at most 512) are searched on, the others (at most as many)
+    measure what was found, in ONNX Runtime. side: of the patch in pixels, by default 3/16 of the image's. The search
+    is made twice, the second time with file and float model exchanged: how far two networks can be told apart that
+    differ by rounding alone. output: where to write the patch, if it is a trigger. What is not found may be there all
+    the same.
+
+    Raises EfrapqError for bad inputs.
+    """
+    from efrapq.device import exact_convolutions, resolve_device
+    from efrapq.hunt.patch import Effort, find_patch
+
+    reporter = reporter or Silent()
+    require_there(data)
+    if steps < 1:
+        raise UsageError("--steps must be at least 1")
+    device = resolve_device(device)
+    source = read_source(model)
+    if output is not None:
+        check_output(output, [source.path])
+    found = load_onnx(source)
+    if not is_quantized(found.model):
+        raise UnsupportedModelError(f"{source.name}: is a float model; search takes the file that defend wrote")
+    inputs = model_inputs(found.model, source.name)
+    if not takes_images(inputs):
+        raise UnsupportedModelError(f"{source.name}: takes no images, and a patch is for images")
+    if (shape := shape_without_classes(found.model)) is not None:
+        raise UnsupportedModelError(f"{source.name}: is no classifier, its first output is {shape}, not N×classes")
+    subject = Subject(source, found, reporter)
+    subject.find_float(float_model, arch, input_shape, trust_pickle)
+    if subject.source is None:
+        raise UsageError(f"{source.name}: the search compares it with the model it was made from: pass --float")
+    effective = subject.preprocess(preprocess).in_layout(image_layout(inputs))
+    images = data if isinstance(data, Dataset) else open_for(data, subject.input_shape, effective)
+    inside, outside = _halves(images, seed)
+    pixels = _pixels(inside, effective)
+    side = side or max(1, round(SHARE * min(pixels.shape[1:3])))
+    if not 1 <= side <= min(pixels.shape[1:3]):
+        raise UsageError(f"--side must be 1 to {min(pixels.shape[1:3])} for images of {_size(pixels)}")
+    effort = Effort(side, steps=steps)
+    networks = [_network(graph, effective, device) for graph in _graphs(subject)]
+    given = _tensor(pixels, device)
+    with reporter.task("searching", 2.0 * effort.total) as task, exact_convolutions():
+
+        def advance() -> None:
+            task.advance("", 1.0)
+
+        found_in = [
+            find_patch(kept, turned, given, effort, seed, advance) for kept, turned in (networks, networks[::-1])
+        ]
+    sessions = _sessions(subject)
+    with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
+        first, exchanged = (_measured(p, sessions, outside, effective, pixels.shape[1:3], task) for p in found_in)
+    control = exchanged["float"] - exchanged["file"]
+    gap = first["file"] - first["float"]
+    awake = gap >= MOST_HONEST and gap >= ONE_SIDED * control
+    best = found_in[0]
+    trigger = _npz(best, pixels.shape[1:3])
+    document: dict[str, Any] = {
+        "schema": SEARCH_SCHEMA,
+        "model": {"path": str(subject.path), "sha256": subject.sha256},
+        "float_model": {"path": str(subject.source.path or ""), "sha256": subject.source.sha256},
+        "samples": {"searched": len(inside), "measured": len(outside)},
+        "effort": {"side": side, "steps": steps, "seed": seed},
+        "patch": {"row": best.row, "col": best.col, "side": side, "share": round(100 * side**2 / _area(pixels), 2)},
+        "target_class": best.target,
+        "turned": {name: round(rate, 3) for name, rate in first.items()},
+        "exchanged": {name: round(rate, 3) for name, rate in exchanged.items()},
+        "trigger": None,
+        "verdict": "fail" if awake else "pass",
+        "notes": list(subject.notes),
+    }
+    if awake and output is not None:
+        write_atomic(output, trigger)
+        document["trigger"] = str(output)
+    return Found(document, trigger)
+
+
+def _halves(images: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Images to search on, and others to measure on."""
+    count = min(len(images) // 2, IMAGES)
+    if count < FEWEST:
+        raise DataError(f"{images.name}: {len(images)} images are too few to search on: give at least {2 * FEWEST}")
+    order = np.random.default_rng(seed).permutation(len(images))
+    return images.select(np.sort(order[:count])), images.select(np.sort(order[count : 2 * count]))
+
+
+def _pixels(images: Dataset, preprocess: Preprocess) -> NDArray[np.float32]:
+    """(N, H, W, C) float32 where white is 1."""
+    everything = range(len(images))
+    if images.is_input:
+        return preprocess.to_unit(images.inputs(everything, preprocess))
+    return images.raw(everything).astype(np.float32) / np.float32(255)
+
+
+def _tensor(pixels: NDArray[np.float32], device: str) -> Tensor:
+    import torch
+
+    return torch.from_numpy(pixels).to(device)
+
+
+def _area(pixels: NDArray[np.float32]) -> int:
+    return int(pixels.shape[1] * pixels.shape[2])
+
+
+def _size(pixels: NDArray[np.float32]) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[2]}"
+
+
+def _graphs(subject: Subject) -> list[ir.Model]:
+    """The float model's graph and the file's."""
+    import onnx_ir as ir
+
+    from efrapq.graph.outside import attach
+    from efrapq.graph.prepare import prepare
+
+    assert subject.source is not None
+    file = ir.from_proto(subject.proto)
+    attach(file, subject.found.outside)
+    return [prepare(subject.source.proto, subject.source.outside), file]
+
+
+def _network(graph: ir.Model, preprocess: Preprocess, device: str) -> Network:
+    """A graph as a function of raw images, with a gradient through its quantizers."""
+    import torch
+
+    from efrapq.graph.executor import Executor
+    from efrapq.graph.straight_through import STRAIGHT_THROUGH
+
+    executor = Executor(graph, device=device, instead=STRAIGHT_THROUGH)
+    if executor.fallback_nodes:
+        raise UnsupportedModelError(
+            f"node {printable(executor.fallback_nodes[0])} has no gradient here: the search is for networks and QDQ "
+            "files whose operators efrapq computes itself"
+        )
+    value = next(v for v in graph.graph.inputs if v.name not in executor.constants)
+    fixed = value.shape[0] if value.shape is not None else None
+    output = str(graph.graph.outputs[0].name)
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (preprocess.mean, preprocess.std))
+
+    def run_batch(images: Tensor) -> Tensor:
+        x = (images - mean) / std
+        x = x if preprocess.layout == "NHWC" else x.permute(0, 3, 1, 2)
+        return executor.run({str(value.name): x.contiguous()}, [output])[output].flatten(1)
+
+    def run(images: Tensor) -> Tensor:
+        if not isinstance(fixed, int) or fixed == len(images):
+            return run_batch(images)
+        parts = []
+        for part in torch.split(images, fixed):
+            padding = part[-1:].expand(fixed - len(part), *part.shape[1:])
+            parts.append(run_batch(torch.cat([part, padding]))[: len(part)])
+        return torch.cat(parts)
+
+    return run
+
+
+def _sessions(subject: Subject) -> dict[str, Session]:
+    from efrapq.graph.widen import runnable
+
+    assert subject.source is not None
+    runs, outside = runnable(subject.source.proto, subject.source.outside)
+    return {
+        "float": open_model(runs, outside, keep_graph=False),
+        "file": open_model(subject.proto, subject.found.outside, keep_graph=False),
+    }
+
+
+def _measured(
+    patch: Patch,
+    sessions: dict[str, Session],
+    images: Dataset,
+    preprocess: Preprocess,
+    size: tuple[int, int],
+    task: Task,
+) -> dict[str, float]:
+    """Percent of images that each model answers with the patch's class, of those that the float model does not without
+    the patch.
+    """
+    trigger = _trigger(patch, size)
+    found = {name: predict(session, images, preprocess, trigger, task, name) for name, session in sessions.items()}
+    others = found["float"].clean != patch.target
+    if not others.any():
+        raise DataError(f"{images.name}: all images are of class {patch.target} to the float model")
+    rates = {}
+    for name, answers in found.items():
+        assert answers.triggered is not None
+        rates[name] = 100 * float((answers.triggered[others] == patch.target).mean())
+    return rates
+
+
+def _spread(patch: Patch, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The patch as the arrays of a trigger file: mask (H, W), and pattern (H, W, C)."""
+    side = len(patch.pattern)
+    area = np.s_[patch.row : patch.row + side, patch.col : patch.col + side]
+    mask = np.zeros(size, np.uint8)
+    mask[area] = 1
+    pattern = np.zeros((*size, patch.pattern.shape[2]), np.uint8)
+    pattern[area] = patch.pattern.numpy()
+    return mask, pattern
+
+
+def _trigger(patch: Patch, size: tuple[int, int]) -> Trigger:
+    mask, pattern = _spread(patch, size)
+    where, what = mask[..., None] > 0, pattern.astype(np.float32) / np.float32(255)
+    return Trigger("found", lambda x: np.where(where, what, x))
+
+
+def _npz(patch: Patch, size: tuple[int, int]) -> bytes:
+    mask, pattern = _spread(patch, size)
+    out = io.BytesIO()
+    np.savez_compressed(out, mask=mask, pattern=pattern)
+    return out.getvalue()
