@@ -29,9 +29,8 @@ from efrapq.inspection import inspect
 from efrapq.loading import PREPROCESS_KEY, load
 from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.report.evidence import EVIDENCE_SCHEMA
-from efrapq.verification import Requirements, verify
+from efrapq.verification import Requirements, subject, verifier, verify
 from efrapq.verification import images as measuring
-from efrapq.verification import subject as module
 
 ATTACK: dict[str, Any] = {"trigger": "patch:2x2@0,0", "target_class": 0}
 
@@ -200,7 +199,7 @@ def test_limits_that_cannot_be_judged_are_refused_before_measuring(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(module, "open_session", never)
+    monkeypatch.setattr(verifier, "open_session", never)
     file = files.write(files.record)
     unlabelled = Dataset.from_arrays(np.zeros((4, 8, 8, 3), np.uint8), None)
     for requirements, options, match in (
@@ -280,7 +279,7 @@ def test_evidence_that_cannot_be_read_is_ignored_with_a_note(
         beside.write_bytes(b"\xff\xfe\x00")
     else:
         files.evidence(input={"path": "x" * 2000})
-        monkeypatch.setattr(module, "MAX_EVIDENCE_BYTES", 1000)
+        monkeypatch.setattr(subject, "MAX_EVIDENCE_BYTES", 1000)
     result = verify(files.file)
     assert any("is not efrapq evidence" in n for n in result.notes)
     assert result.passed
