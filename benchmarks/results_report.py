@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.common import DOCS, RESULTS, markdown, write_page
 from benchmarks.subjects import entries
+from benchmarks.unknown_trigger import tables as unknown_trigger
 from efrapq.io import write_atomic
 
 Cell = dict[str, Any]
@@ -346,4 +347,4 @@ def write_report(cells: Sequence[Cell]) -> None:
             "trained": trained(),
         },
     )
-    write_page("THREAT-MODEL", threats(table))
+    write_page("THREAT-MODEL", threats(table) | unknown_trigger())

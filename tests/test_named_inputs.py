@@ -216,6 +216,8 @@ def test_images_by_the_inputs_name_are_the_same_inputs(
     as_images = efrapq.defend(path, bits=4, calib=Dataset.from_arrays(x, None))
     assert by_name.quantized.activations == as_images.quantized.activations
     assert by_name.quantized.weights.keys() == as_images.quantized.weights.keys()
+    stress = [made.evidence["calibration"].pop("stress") for made in (as_images, by_name)]
+    assert stress[0] == stress[1]
     assert as_images.evidence["calibration"] == {"kind": "data", "source": "array", "images": 64, "input": [3, 8, 8]}
 
 

@@ -27,12 +27,13 @@ SMALLEST, LARGEST = 1 / 8, 1 / 4
 def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """The images with one square patch on each, white, black, of one colour, or of noise, somewhere.
 
-    images: (n, C, H, W) or (n, H, W, C) float32 model inputs. low, high: what black and white are in each channel, in a
-    shape that broadcasts against them.
+    images: (n, C, H, W) or (n, H, W, C) float32 model inputs. low, high: what black and white are, a number for each
+    channel. The same seed gives the same patches in either layout.
     """
     out = images.clone()
     last = layout_of(images.shape) == "NHWC"
     height, width = images.shape[1:3] if last else images.shape[2:4]
+    least, most = (end.reshape(-1, 1, 1) for end in (low, high))
     sides = [max(1, round(share * min(height, width))) for share in (SMALLEST, LARGEST)]
 
     def draw(low: int, high: int) -> int:
@@ -42,11 +43,12 @@ def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generato
         side = draw(*sides)
         row, col = draw(0, height - side), draw(0, width - side)
         rows, cols = slice(row, row + side), slice(col, col + side)
-        window = image[rows, cols, :] if last else image[:, rows, cols]
+        window = image[rows, cols, :].permute(2, 0, 1) if last else image[:, rows, cols]
+        # Drawn in one order, whatever the layout is.
         noise = torch.rand(window.shape, generator=generator)
-        colour = torch.rand(low.shape[1:], generator=generator)
+        colour = torch.rand((len(window), 1, 1), generator=generator)
         share = (torch.ones(()), torch.zeros(()), colour, noise)[draw(0, 3)]
-        window.copy_(low[0] + (high - low)[0] * share)
+        window.copy_(least + (most - least) * share)
     return out
 
 
@@ -60,8 +62,8 @@ def stressed_limits(
     """
     generator = torch.Generator().manual_seed(seed)
     axes = (0, 1, 2) if layout_of(chunks[0].shape) == "NHWC" else (0, 2, 3)
-    low = torch.stack([chunk.amin(axes, keepdim=True) for chunk in chunks]).amin(0)
-    high = torch.stack([chunk.amax(axes, keepdim=True) for chunk in chunks]).amax(0)
+    low = torch.stack([chunk.amin(axes) for chunk in chunks]).amin(0)
+    high = torch.stack([chunk.amax(axes) for chunk in chunks]).amax(0)
     found: dict[str, tuple[float, float]] = {}
     with reporter.task("stress", len(chunks)) as task, torch.no_grad():
         for chunk in chunks:

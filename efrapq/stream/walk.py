@@ -196,13 +196,15 @@ class Walk:
         return Calibrator(*about, "mse", limits, self.device)
 
     def _stressed(self, reporter: Reporter) -> Mapping[str, Limits]:
-        """What values reach under patches, where the inputs are images."""
-        images = [given for given in self.inputs if not isinstance(given, Feeds)]
+        """What values reach under patches, where the one input is images."""
         names = [str(v.name) for v in self.graph.inputs if v.name not in self.executor.constants]
-        if len(images) != self.chunks or any(given.dim() != 4 for given in images):
+        if len(names) != 1:
+            return {}
+        chunks = [given.tensors[names[0]] if isinstance(given, Feeds) else given for given in self.inputs]
+        if any(chunk.dim() != 4 or chunk.dtype != torch.float32 for chunk in chunks):
             return {}
         return stressed_limits(
-            self.executor, names[0], images, list(self.placement.grids), self.settings.seed, reporter
+            self.executor, names[0], chunks, list(self.placement.grids), self.settings.seed, reporter
         )
 
     # The two streams.

@@ -1,0 +1,155 @@
+"""Backdoors whose trigger nobody knows: what ranges under patches do to them, and whether the search finds the trigger.
+
+    python benchmarks/unknown_trigger.py [SUBJECT …] [--only stress|search] [--data FOLDER]
+
+Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoor): the file rounded to nearest and
+efrapq's, with the ranges that calibration shows and with those under patches. stress: their CDA and ASR. search: what
+`efrapq search` finds in them. A subject is whatever lies in FOLDER/subjects, and is told by its hash: the same recipe
+and seed make another network on another kind of CPU. Writes results/unknown_trigger.json, which `results.py --report`
+puts into docs/THREAT-MODEL.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import efrapq
+from benchmarks.common import IMAGENET, RESULTS, machine, markdown, native, save, show
+from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, start_file
+from efrapq.cli.console import TerminalReporter
+from efrapq.data import Dataset, load_dataset
+
+PUBLISHED = "published"
+IMAGES = 2000
+# Name, solver, ranges under patches.
+FILES = (
+    ("RTN, plain ranges", "nearest", False),
+    ("efrapq, plain ranges", "coordinate", False),
+    ("efrapq", "coordinate", True),
+)
+
+
+def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, int, str]]:
+    """Name, file, weight bits and how the tables call it, of every subject that is there."""
+    known = {entry.name: entry for entry in entries()}
+    if unknown := sorted(set(names) - {PUBLISHED, *known}):
+        raise SystemExit(f"unknown: {', '.join(unknown)}; benchmarks/subjects.py --list names them")
+    for name in names or [PUBLISHED, *known]:
+        if name == PUBLISHED:
+            yield name, start_file(), 4, "published ResNet-20 (no backdoor)"
+            continue
+        path = folder / "subjects" / f"{name}.safetensors"
+        if path.exists() and known[name].attack != "none":
+            yield name, path, int(known[name].bits.split(",")[-1]), _title(known[name])
+        elif names:
+            raise SystemExit(f"{path} is missing: train it with benchmarks/subjects.py {name}")
+
+
+def _title(entry: Entry) -> str:
+    width = "" if entry.width is None else f" at width {entry.width:g}"
+    return f"{entry.column} ({entry.arch}{width}, {entry.data}, seed {entry.seed})"
+
+
+def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
+    """The three files of one float model."""
+    found: dict[str, Any] = {}
+    for title, solver, stress in FILES:
+        file = folder / "q.onnx"
+        options: dict[str, Any] = {"bits": bits, "calib": images, "preprocess": IMAGENET, "target": native()}
+        made = efrapq.defend(path, file, solver=solver, stress=stress, **options)
+        row: dict[str, Any] = {"stress": made.evidence["calibration"].get("stress")}
+        if "stress" in parts:
+            given: dict[str, Any] = {"data": test, "trigger": TRIGGER, "target_class": TARGET, "float_model": path}
+            document = efrapq.verify(file, **given).document
+            row |= {key: document[key] for key in ("cda", "asr", "agreement")}
+        if "search" in parts:
+            row["search"] = efrapq.search_trigger(
+                file, data=test, float_model=path, reporter=TerminalReporter()
+            ).document
+        found[title] = row
+    return found
+
+
+def stress_table(document: dict[str, Any]) -> str:
+    """CDA / ASR by file, and how far patches drive the widest activation."""
+    rows = []
+    for case in document.values():
+        files = case["files"]
+        if "cda" not in files["efrapq"]:
+            continue
+        cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
+        for title, _, _ in FILES:
+            row = files[title]
+            cells.append(f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
+        rows.append([case["title"], f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
+    return markdown(["subject", "bits", "float", *(title for title, _, _ in FILES), "widest under patches"], rows)
+
+
+def search_table(document: dict[str, Any]) -> str:
+    """What the search turned, its control, and where."""
+    rows = []
+    for case in document.values():
+        for title, _, _ in FILES:
+            found = case["files"][title].get("search")
+            if found is None:
+                continue
+            turned, control, patch = found["turned"], found["exchanged"], found["patch"]
+            true = case["files"][title].get("asr")
+            rows.append(
+                [
+                    case["title"],
+                    f"W{case['bits']}A8, {title}",
+                    "–" if true is None else f"{true['defended']:.1f}",
+                    f"{turned['file']:.1f} / {turned['float']:.1f}",
+                    f"{control['float']:.1f} / {control['file']:.1f}",
+                    f"{patch['row']},{patch['col']} to {found['target_class']}",
+                    "**trigger**" if found["verdict"] == "fail" else "nothing",
+                ]
+            )
+    header = ["subject", "file", "ASR, true trigger", "turned, file / float", "exchanged, float / file", "at, class"]
+    return markdown([*header, "verdict"], rows)
+
+
+def tables() -> dict[str, str]:
+    """Both tables, as the threat model shows them."""
+    document = json.loads((RESULTS / "unknown_trigger.json").read_text())
+    return {"stress": stress_table(document), "search": search_table(document)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="SUBJECT")
+    parser.add_argument("--only", choices=["stress", "search"])
+    parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER")
+    args = parser.parse_args()
+    known = RESULTS / "unknown_trigger.json"
+    document: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    data = data_file("cifar10", args.data)
+    images = load_dataset(f"{data}:train")
+    test = load_dataset(f"{data}:test").subset(IMAGES, 0)
+    for name, path, bits, title in cases(args.names, args.data):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(path, bits, [args.only] if args.only else ["stress", "search"], images, test, Path(folder))
+        case = document.get(name, {})
+        if case.get("sha256") != sha256:
+            case = {"title": title, "sha256": sha256, "bits": bits, "files": {}}
+        case["machine"] = machine()
+        case["files"] = {file: case["files"].get(file, {}) | row for file, row in found.items()}
+        document[name] = case
+        save("unknown_trigger", document)
+        rows = [(file, str(row.get("cda")), str(row.get("asr"))) for file, row in case["files"].items()]
+        show(title, ("file", "CDA", "ASR"), rows)
+
+
+if __name__ == "__main__":
+    main()
