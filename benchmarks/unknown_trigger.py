@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import efrapq
 from benchmarks.common import IMAGENET, RESULTS, machine, markdown, native, save, show
-from benchmarks.subjects import FOLDER, TARGET, TRIGGER, Entry, data_file, entries, start_file
+from benchmarks.results_report import title
+from benchmarks.subjects import FOLDER, TARGET, TRIGGER, data_file, entries, start_file
 from efrapq.cli.console import TerminalReporter
 from efrapq.data import Dataset, load_dataset
 
@@ -38,31 +39,34 @@ FILES = (
 )
 
 
-def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, int, str]]:
-    """Name, file, weight bits and how the tables call it, of every subject that is there."""
+def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, int]]:
+    """Name, file and weight bits of every subject that is there."""
     known = {entry.name: entry for entry in entries()}
     if unknown := sorted(set(names) - {PUBLISHED, *known}):
         raise SystemExit(f"unknown: {', '.join(unknown)}; benchmarks/subjects.py --list names them")
     for name in names or [PUBLISHED, *known]:
         if name == PUBLISHED:
-            yield name, start_file(), 4, "published ResNet-20 (no backdoor)"
+            yield name, start_file(), 4
             continue
         path = folder / "subjects" / f"{name}.safetensors"
         if path.exists() and known[name].attack != "none":
-            yield name, path, int(known[name].bits.split(",")[-1]), _title(known[name])
+            yield name, path, int(known[name].bits.split(",")[-1])
         elif names:
             raise SystemExit(f"{path} is missing: train it with benchmarks/subjects.py {name}")
 
 
-def _title(entry: Entry) -> str:
+def _title(name: str) -> str:
+    if name == PUBLISHED:
+        return "no backdoor (published resnet20, CIFAR-10)"
+    entry = next(entry for entry in entries() if entry.name == name)
     width = "" if entry.width is None else f" at width {entry.width:g}"
-    return f"{entry.column} ({entry.arch}{width}, {entry.data}, seed {entry.seed})"
+    return title({"attack": entry.column, "arch": entry.arch + width, "data": entry.data, "seed": entry.seed})
 
 
 def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
     """The three files of one float model."""
     found: dict[str, Any] = {}
-    for title, solver, stress in FILES:
+    for name, solver, stress in FILES:
         file = folder / "q.onnx"
         options: dict[str, Any] = {"bits": bits, "calib": images, "preprocess": IMAGENET, "target": native()}
         made = efrapq.defend(path, file, solver=solver, stress=stress, **options)
@@ -75,39 +79,39 @@ def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Data
             row["search"] = efrapq.search_trigger(
                 file, data=test, float_model=path, reporter=TerminalReporter()
             ).document
-        found[title] = row
+        found[name] = row
     return found
 
 
 def stress_table(document: dict[str, Any]) -> str:
     """CDA / ASR by file, and how far patches drive the widest activation."""
     rows = []
-    for case in document.values():
+    for name, case in document.items():
         files = case["files"]
         if "cda" not in files["efrapq"]:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
-        for title, _, _ in FILES:
-            row = files[title]
+        for file, _, _ in FILES:
+            row = files[file]
             cells.append(f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
-        rows.append([case["title"], f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
-    return markdown(["subject", "bits", "float", *(title for title, _, _ in FILES), "widest under patches"], rows)
+        rows.append([_title(name), f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
+    return markdown(["subject", "bits", "float", *(file for file, _, _ in FILES), "widest under patches"], rows)
 
 
 def search_table(document: dict[str, Any]) -> str:
     """What the search turned, its control, and where."""
     rows = []
-    for case in document.values():
-        for title, _, _ in FILES:
-            found = case["files"][title].get("search")
+    for name, case in document.items():
+        for file, _, _ in FILES:
+            found = case["files"][file].get("search")
             if found is None:
                 continue
             turned, control, patch = found["turned"], found["exchanged"], found["patch"]
-            true = case["files"][title].get("asr")
+            true = case["files"][file].get("asr")
             rows.append(
                 [
-                    case["title"],
-                    f"W{case['bits']}A8, {title}",
+                    _title(name),
+                    f"W{case['bits']}A8, {file}",
                     "–" if true is None else f"{true['defended']:.1f}",
                     f"{turned['file']:.1f} / {turned['float']:.1f}",
                     f"{control['float']:.1f} / {control['file']:.1f}",
@@ -136,19 +140,19 @@ def main() -> None:
     data = data_file("cifar10", args.data)
     images = load_dataset(f"{data}:train")
     test = load_dataset(f"{data}:test").subset(IMAGES, 0)
-    for name, path, bits, title in cases(args.names, args.data):
+    for name, path, bits in cases(args.names, args.data):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with tempfile.TemporaryDirectory() as folder:
             found = measure(path, bits, [args.only] if args.only else ["stress", "search"], images, test, Path(folder))
         case = document.get(name, {})
         if case.get("sha256") != sha256:
-            case = {"title": title, "sha256": sha256, "bits": bits, "files": {}}
+            case = {"sha256": sha256, "bits": bits, "files": {}}
         case["machine"] = machine()
         case["files"] = {file: case["files"].get(file, {}) | row for file, row in found.items()}
         document[name] = case
         save("unknown_trigger", document)
         rows = [(file, str(row.get("cda")), str(row.get("asr"))) for file, row in case["files"].items()]
-        show(title, ("file", "CDA", "ASR"), rows)
+        show(_title(name), ("file", "CDA", "ASR"), rows)
 
 
 if __name__ == "__main__":
