@@ -219,3 +219,8 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
     )
+    if classes:
+        console.print(
+            f"or        efrapq search {printable(evidence['output']['path'])} --data IMAGES, where no trigger is known",
+            markup=False,
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efrapq.calibration.signature import image_layout, model_inputs, takes_images
-from efrapq.data import Dataset, require_there
+from efrapq.data import Dataset, files_behind, require_there
 from efrapq.errors import DataError, UnsupportedModelError, UsageError
 from efrapq.io import check_output, is_quantized, load_onnx, printable, read_source, write_atomic
 from efrapq.loading import open_for
@@ -92,8 +92,11 @@ def search_trigger(
         raise UsageError("--steps must be at least 1")
     device = resolve_device(device)
     source = read_source(model)
+    read = [source.path, source.path.with_suffix(".json")]
+    read += [] if isinstance(data, Dataset) else files_behind(data)
+    read += [] if float_model is None else [Path(float_model)]
     if output is not None:
-        check_output(output, [source.path])
+        check_output(output, read)
     found = load_onnx(source)
     if not is_quantized(found.model):
         raise UnsupportedModelError(f"{source.name}: is a float model; search takes the file that defend wrote")
@@ -106,6 +109,8 @@ def search_trigger(
     subject.find_float(float_model, arch, input_shape, trust_pickle)
     if subject.source is None:
         raise UsageError(f"{source.name}: the search compares it with the model it was made from: pass --float")
+    if output is not None and subject.source.path is not None:
+        check_output(output, [subject.source.path])
     effective = subject.preprocess(preprocess).in_layout(image_layout(inputs))
     images = data if isinstance(data, Dataset) else open_for(data, subject.input_shape, effective)
     inside, outside = _halves(images, seed)

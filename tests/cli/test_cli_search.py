@@ -63,6 +63,19 @@ def test_in_the_defended_file_nothing_is_found(files: dict[str, Path], run: Call
     assert not trigger.exists()
 
 
+def test_a_trigger_replaces_nothing_that_is_read(
+    files: dict[str, Path], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.npz"
+    data.write_bytes(weights.SAMPLES.read_bytes())
+    for path in (files["nearest"], files["nearest"].with_suffix(".json"), data):
+        before = path.read_bytes()
+        ran = run("search", files["nearest"], "--data", f"{data}:test", "-o", path)
+        assert ran.code == 2
+        assert "error:" in ran.err
+        assert path.read_bytes() == before
+
+
 def test_what_cannot_be_searched_is_refused(
     files: dict[str, Path], tmp_path: Path, residual_net: Callable[..., onnx.ModelProto], images: Any
 ) -> None:
