@@ -233,12 +233,15 @@ def test_defended_verified_and_exported(
 def test_codes_are_those_of_the_widened_model(
     residual_net: Callable[..., onnx.ModelProto], images: Any, tmp_path: Path
 ) -> None:
-    """On images that float16 holds exactly, half precision and its float32 twin are one problem."""
+    """On images that float16 holds exactly, half precision and its float32 twin are one problem. It does not hold the
+    patches that ranges are stressed with.
+    """
     x = {"input": images(32).astype(np.float16).astype(np.float32)}
     half, single = tmp_path / "half.onnx", tmp_path / "single.onnx"
     onnx.save(halved(residual_net()), half)
     onnx.save(rounded(residual_net(), "float16"), single)
-    assert efrapq.defend(half, calib=x).quantized.digest == efrapq.defend(single, calib=x).quantized.digest
+    first, second = (efrapq.defend(path, calib=x, stress=False) for path in (half, single))
+    assert first.quantized.digest == second.quantized.digest
 
 
 def test_arrays_by_name_are_taken_and_compared(foreign: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
