@@ -76,9 +76,9 @@ def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Data
             document = efrapq.verify(file, **given).document
             row |= {key: document[key] for key in ("cda", "asr", "agreement")}
         if "search" in parts:
-            row["search"] = efrapq.search_trigger(
-                file, data=test, float_model=path, reporter=TerminalReporter()
-            ).document
+            searched = efrapq.search_trigger(file, data=test, float_model=path, reporter=TerminalReporter())
+            where = ("model", "float_model", "trigger")
+            row["search"] = {key: value for key, value in searched.document.items() if key not in where}
         found[name] = row
     return found
 
