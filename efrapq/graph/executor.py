@@ -94,7 +94,7 @@ class Executor:
         self._instead = instead or {}
         self._opsets = {standard_domain(name): version for name, version in model.opset_imports.items()}
         self._fallback = OrtFallback(model.opset_imports)
-        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], _Plan] = {}
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...], bool], _Plan] = {}
         self._inputs = {value.name for value in model.graph.inputs}
         self._producers = {value.name: node for node in model.graph for value in node.outputs if value.name}
         self._element_types: dict[str, ir.DataType] = {}
@@ -143,7 +143,7 @@ class Executor:
         values = self._placed(feeds)
         yield from ((name, value) for name, value in values.items() if name in wanted)
         fed = frozenset(feeds)
-        for node in self._walk(values, fed, self._make_plan(fed, tuple(names), keep=False)):
+        for node in self._walk(values, fed, self._plan(fed, tuple(names), keep=False)):
             for output in node.outputs:
                 if output.name in wanted and output.name not in fed:
                     yield str(output.name), values[str(output.name)]
@@ -219,13 +219,13 @@ class Executor:
             return inputs
         return [t if t is None or i in host else t.to(self._device) for i, t in enumerate(inputs)]
 
-    def _plan(self, fed: frozenset[str], wanted: tuple[str, ...]) -> _Plan:
-        if (fed, wanted) not in self._plans:
-            self._plans[fed, wanted] = self._make_plan(fed, wanted)
-        return self._plans[fed, wanted]
-
-    def _make_plan(self, fed: frozenset[str], wanted: tuple[str, ...], *, keep: bool = True) -> _Plan:
+    def _plan(self, fed: frozenset[str], wanted: tuple[str, ...], *, keep: bool = True) -> _Plan:
         """keep: whether what is wanted stays to the end."""
+        if (fed, wanted, keep) not in self._plans:
+            self._plans[fed, wanted, keep] = self._make_plan(fed, wanted, keep)
+        return self._plans[fed, wanted, keep]
+
+    def _make_plan(self, fed: frozenset[str], wanted: tuple[str, ...], keep: bool) -> _Plan:
         known = fed | self.constants.keys()
         needed: set[ir.Node] = set()
         pending = list(wanted)

@@ -131,7 +131,7 @@ def search_trigger(
         ]
     sessions = _sessions(subject)
     with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
-        first, exchanged = (_measured(p, sessions, outside, effective, pixels.shape[1:3], task) for p in found_in)
+        first, exchanged = (_measured(p, sessions, outside, effective, task) for p in found_in)
     control = exchanged["float"] - exchanged["file"]
     gap = first["file"] - first["float"]
     awake = gap >= MOST_HONEST and gap >= ONE_SIDED * control
@@ -252,13 +252,12 @@ def _measured(
     sessions: dict[str, Session],
     images: Dataset,
     preprocess: Preprocess,
-    size: tuple[int, int],
     task: Task,
 ) -> dict[str, float]:
     """Percent of images that each model answers with the patch's class, of those that the float model does not without
     the patch.
     """
-    trigger = _trigger(patch, size)
+    trigger = _trigger(patch)
     found = {name: predict(session, images, preprocess, trigger, task, name) for name, session in sessions.items()}
     others = found["float"].clean != patch.target
     if not others.any():
@@ -270,25 +269,20 @@ def _measured(
     return rates
 
 
-def _spread(patch: Patch, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The patch as the arrays of a trigger file: mask (H, W), and pattern (H, W, C)."""
+def _trigger(patch: Patch) -> Trigger:
+    import torch
+
+    return Trigger("found", lambda x: patch.stamp(torch.from_numpy(x)).numpy())
+
+
+def _npz(patch: Patch, size: tuple[int, int]) -> bytes:
+    """The arrays of a trigger file: mask (H, W), and pattern (H, W, C)."""
     side = len(patch.pattern)
     area = np.s_[patch.row : patch.row + side, patch.col : patch.col + side]
     mask = np.zeros(size, np.uint8)
     mask[area] = 1
     pattern = np.zeros((*size, patch.pattern.shape[2]), np.uint8)
     pattern[area] = patch.pattern.numpy()
-    return mask, pattern
-
-
-def _trigger(patch: Patch, size: tuple[int, int]) -> Trigger:
-    mask, pattern = _spread(patch, size)
-    where, what = mask[..., None] > 0, pattern.astype(np.float32) / np.float32(255)
-    return Trigger("found", lambda x: np.where(where, what, x))
-
-
-def _npz(patch: Patch, size: tuple[int, int]) -> bytes:
-    mask, pattern = _spread(patch, size)
     out = io.BytesIO()
     np.savez_compressed(out, mask=mask, pattern=pattern)
     return out.getvalue()

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -185,10 +184,11 @@ class Walk:
         """What chooses the activations' grids."""
         settings, about = self.settings, (self.graph, self.executor, self.placement)
         if settings.act_range != "output" or not self.placement.grids:
-            options: dict[str, Any] = {"device": self.device, "headroom": settings.headroom}
-            if settings.stress and settings.act_range == "minmax" and self.placement.grids:
-                options["stressed"] = self._stressed(reporter)
-            return Calibrator(*about, settings.act_range, **options)
+            stress = settings.stress and settings.act_range == "minmax" and bool(self.placement.grids)
+            stressed = self._stressed(reporter) if stress else None
+            return Calibrator(
+                *about, settings.act_range, device=self.device, headroom=settings.headroom, stressed=stressed
+            )
         limits = choose_limits(*about, self.inputs, self.device, settings.memory, reporter)
         reporter.note(
             f"{len(limits)} of {len(self.placement.grids)} activations have ranges by their effect on the outputs"
