@@ -15,6 +15,7 @@ images. Writes one JSON line a cell to results/results.jsonl as it goes, and doe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -43,13 +44,20 @@ from benchmarks.subjects import (
     within_reach,
 )
 from efrapq.data import load_dataset
+from efrapq.io import write_atomic
 
 CONTROL = "clean ResNet-20"
 # These take minutes a file: only for the first seed, on the smallest network.
 GRADIENT = ("AdaRound", "EFRAP relaxed")
 TRAINED = ("fine-tuned, then RTN", "LAC")
-# ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges are not min-max, which headroom widens.
-ONLY_A8 = ("quantize_static", "efrapq, stressed", "efrapq, headroom 2", "efrapq, headroom 4")
+# ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges are not min-max, which patches and headroom widen.
+ONLY_A8 = (
+    "quantize_static",
+    "RTN, ranges under patches",
+    "efrapq, plain ranges",
+    "efrapq, headroom 2",
+    "efrapq, headroom 4",
+)
 QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
 
 Cell = dict[str, Any]
@@ -93,6 +101,7 @@ def measure(entry: Entry | None, bits: int, act_bits: int, method: str, args: ar
         ).document
     cell: Cell = {
         "subject": CONTROL if entry is None else entry.name,
+        "sha256": digest(path),
         "attack": "none" if entry is None else entry.column,
         "arch": "resnet20" if entry is None else entry.arch,
         "data": "cifar10" if entry is None else entry.data,
@@ -120,6 +129,30 @@ def key(cell: Cell) -> tuple[Any, ...]:
     return cell["subject"], cell["bits"], cell["act_bits"], cell["method"]
 
 
+def digest(path: Path) -> str:
+    """What tells a subject's file from another that the same recipe made on another kind of CPU."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def forget(path: Path, names: Iterable[str], folder: Path) -> None:
+    """Drop the cells of those subjects whose file in `folder` is another than the one that they were measured on."""
+    there = {name: file for name in names if (file := folder / "subjects" / f"{name}.safetensors").exists()}
+    now = {name: digest(file) for name, file in there.items()}
+    cells = list(read(path).values())
+    kept = [cell for cell in cells if now.get(cell["subject"], cell["sha256"]) == cell["sha256"]]
+    if len(kept) < len(cells):
+        write_atomic(path, "".join(json.dumps(cell) + "\n" for cell in kept).encode())
+        print(f"{len(cells) - len(kept)} cells of subjects that were trained again are dropped")
+
+
+def check_same(path: Path, name: str, folder: Path) -> None:
+    """Raise SystemExit where a subject's cells were measured on another file: one row, one network."""
+    file = folder / "subjects" / f"{name}.safetensors"
+    known = {cell["sha256"] for cell in read(path).values() if cell["subject"] == name}
+    if file.exists() and known - {digest(file)}:
+        raise SystemExit(f"{file} is not the file that {path.name} has cells of: --forget drops those")
+
+
 def read(path: Path) -> dict[tuple[Any, ...], Cell]:
     """Cells that were measured before."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -141,6 +174,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="test images")
     parser.add_argument("--steps", type=int, default=300, help="of the gradient solvers, a layer")
     parser.add_argument("--data", type=Path, default=FOLDER, help="folder of cifar10.npz, gtsrb.npz and subjects/")
+    parser.add_argument("--forget", action="store_true", help="drop cells of subjects that were trained again since")
     parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md of what was measured")
     args = parser.parse_args()
     path = RESULTS / ("results-quick.jsonl" if args.quick else "results.jsonl")
@@ -160,6 +194,10 @@ def main() -> None:
     if unknown := sorted(set(names) - known.keys()):
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     started = time.perf_counter()
+    if args.forget:
+        forget(path, names, args.data)
+    for name in names:
+        check_same(path, name, args.data)
     chosen = [known[name] for name in names]
     for entry, bits, act_bits, method in cells(chosen, args.methods or rivals()):
         if args.quick and act_bits != 8:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import DOCS, RESULTS, markdown, write_page
+from benchmarks.rivals import rivals
 from benchmarks.subjects import entries
 from efrapq.io import write_atomic
 
@@ -41,6 +42,7 @@ TITLES = {
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}
 OURS = "efrapq"
+PLAIN = "efrapq, plain ranges"
 
 
 class Table:
@@ -57,7 +59,8 @@ class Table:
             {c["subject"]: c for c in cells}.values(),
             key=lambda c: known.index(c["subject"]) if c["subject"] in known else -1,
         )
-        self.methods = list(dict.fromkeys(c["method"] for c in cells))
+        measured = {c["method"] for c in cells}
+        self.methods = [method for method in rivals() if method in measured]
 
     def at(self, bits: int, act_bits: int) -> list[Cell]:
         """RTN's cell of every subject judged at this setting: it knows the float model too."""
@@ -72,6 +75,10 @@ class Table:
 
     def get(self, base: Cell, method: str) -> Cell | None:
         return self.cells.get((base["subject"], base["bits"], base["act_bits"], method))
+
+    def ours(self, base: Cell) -> Cell | None:
+        """efrapq's default; on plain ranges where only that was measured."""
+        return self.get(base, OURS) or self.get(base, PLAIN)
 
 
 def is_control(cell: Cell) -> bool:
@@ -97,15 +104,13 @@ def proved(table: Table, base: Cell) -> bool:
 
 
 def by_setting(table: Table, bits: int, act_bits: int) -> str:
-    """All methods on all seed-0 subjects of a setting: CDA / ASR."""
-    bases = [b for b in table.at(bits, act_bits) if b["seed"] == 0]
-    header = ["", *(f"{TITLES[b['attack']]}, {b['arch']}, {b['data']}" for b in bases)]
-    rows = [["float", *(f"{b['float_cda']:.2f} / {b['float_asr']:.2f}" for b in bases)]]
-    for method in table.methods:
-        found = [table.get(b, method) for b in bases]
-        if any(found):
-            word = f"**{method}**" if method == OURS else method
-            rows.append([word, *("–" if c is None else f"{c['cda']:.2f} / {c['asr']:.2f}" for c in found)])
+    """All methods on all subjects of a setting: CDA / ASR."""
+    bases = table.at(bits, act_bits)
+    methods = [m for m in table.methods if any(table.get(base, m) for base in bases)]
+    header = ["subject", "float", *(f"**{method}**" if method == OURS else method for method in methods)]
+    rows = [
+        [title(b), _float(b), *("–" if (c := table.get(b, m)) is None else _figures(c) for m in methods)] for b in bases
+    ]
     return markdown(header, rows)
 
 
@@ -120,7 +125,7 @@ def goals(table: Table) -> str:
     rows = []
     for bits, act_bits in ALLOWED:
         for base in table.at(bits, act_bits):
-            ours = table.get(base, OURS)
+            ours = table.ours(base)
             if ours is None:
                 continue
             asleep, kept = met(base, ours)
@@ -128,9 +133,9 @@ def goals(table: Table) -> str:
                 [
                     title(base),
                     f"W{bits}A{act_bits}",
-                    f"{base['float_cda']:.2f} / {base['float_asr']:.2f}",
-                    f"{base['cda']:.2f} / {base['asr']:.2f}",
-                    f"{ours['cda']:.2f} / {ours['asr']:.2f}",
+                    _float(base),
+                    _figures(base),
+                    _ours(ours),
                     f"{ours['flipped']:.1f}",
                     "yes" if asleep else "**no**",
                     "yes" if kept else "**no**",
@@ -275,7 +280,7 @@ def threats(table: Table) -> dict[str, str]:
 
 def _kept(table: Table, bases: Sequence[Cell]) -> str:
     """On how many subjects and settings the goals hold, and where they do not."""
-    pairs = [(b, c) for b in bases if (c := table.get(b, OURS))]
+    pairs = [(b, c) for b in bases if (c := table.ours(b))]
     missed = [
         f"- {title(b)} at W{b['bits']}A{b['act_bits']}: "
         f"CDA {c['cda'] - b['float_cda']:+.2f} and ASR {c['asr'] - b['float_asr']:+.2f}"
@@ -295,6 +300,13 @@ def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
     return markdown(["subject", "bits", "float", "RTN", "efrapq", "--headroom 2", "--headroom 4"], rows)
 
 
+def _ours(cell: Cell | None) -> str:
+    """efrapq's figures, in italics where they are those on plain ranges."""
+    if cell is None:
+        return "not measured"
+    return f"*{_figures(cell)}*" if cell["method"] == PLAIN else _figures(cell)
+
+
 def _figures(cell: Cell) -> str:
     return f"{cell['cda']:.2f} / {cell['asr']:.2f}"
 
@@ -303,7 +315,7 @@ def _most_lost(table: Table) -> str:
     """What the worst clean network loses, setting by setting."""
     parts = []
     for bits, act_bits in ALLOWED:
-        pairs = [(b, c) for b in table.at(bits, act_bits) if is_control(b) and (c := table.get(b, OURS))]
+        pairs = [(b, c) for b in table.at(bits, act_bits) if is_control(b) and (c := table.ours(b))]
         lost = max(b["float_cda"] - c["cda"] for b, c in pairs)
         risen = max(c["asr"] - b["float_asr"] for b, c in pairs)
         parts.append(f"W{bits}A{act_bits} {lost:.2f} points of CDA, ASR {risen:+.2f}")
@@ -315,9 +327,7 @@ def _float(base: Cell) -> str:
 
 
 def _against(table: Table, base: Cell) -> list[str]:
-    ours = table.get(base, OURS)
-    found = "not measured" if ours is None else _figures(ours)
-    return [title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), _figures(base), found]
+    return [title(base), f"W{base['bits']}A{base['act_bits']}", _float(base), _figures(base), _ours(table.ours(base))]
 
 
 def _sentence(table: Table, bases: Sequence[Cell]) -> str:

@@ -84,7 +84,8 @@ Rival = Callable[[Case], bytes | QuantizedModel]
 
 
 def defended(case: Case, **options: Any) -> efrapq.Defended:
-    """`efrapq.defend` with the case's bits, images and seed, and the activation ranges that all methods share."""
+    """`efrapq.defend` with the case's bits, images and seed, on the activation ranges that calibration alone shows: the
+    rivals know no others."""
     settings: dict[str, Any] = {"calib": case.calibration, "preprocess": case.preprocess, "seed": case.seed}
     settings["stress"] = False
     settings |= {"bits": case.bits, "act_bits": case.act_bits, "target": native()}
@@ -167,11 +168,12 @@ def quantize_static(case: Case) -> bytes:
 
 
 def rivals() -> dict[str, Rival]:
-    """Every method of the table by name; `efrapq` is its default on ranges that calibration shows, as all others have
-    them, `efrapq, stressed` its default.
+    """Every method of the table by name. `efrapq` is its default; what it owes to the activation ranges under patches,
+    and what to the rounding, `RTN, ranges under patches` and `efrapq, plain ranges` tell.
     """
     return {
         "RTN": lambda case: case.nearest,
+        "RTN, ranges under patches": lambda case: defended(case, solver="nearest", stress=True).quantized,
         "quantize_static": quantize_static,
         "noise, then RTN": noise,
         "QVec 0.5": qvec(0.5),
@@ -181,9 +183,9 @@ def rivals() -> dict[str, Rival]:
         "AdaRound": lambda case: defended(case, solver="relaxed", lambda_e=0.0, steps=case.steps).quantized,
         "EFRAP relaxed": lambda case: defended(case, solver="relaxed", steps=case.steps).quantized,
         "coordinate, lambda_E = 0": lambda case: defended(case, lambda_e=0.0).quantized,
-        "efrapq": lambda case: defended(case).quantized,
+        "efrapq": lambda case: defended(case, stress=True).quantized,
+        "efrapq, plain ranges": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,
-        "efrapq, stressed": lambda case: defended(case, stress=True).quantized,
         "efrapq, headroom 2": lambda case: defended(case, headroom=2.0).quantized,
         "efrapq, headroom 4": lambda case: defended(case, headroom=4.0).quantized,
     }

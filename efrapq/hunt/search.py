@@ -91,6 +91,69 @@ def search_trigger(
     if steps < 1:
         raise UsageError("--steps must be at least 1")
     device = resolve_device(device)
+    subject = _subject(model, data, output, float_model, reporter)
+    subject.find_float(float_model, arch, input_shape, trust_pickle)
+    if subject.source is None:
+        raise UsageError(f"{subject.name}: the search compares it with the model it was made from: pass --float")
+    if output is not None and subject.source.path is not None:
+        check_output(output, [subject.source.path])
+    layout = image_layout(model_inputs(subject.found.model, subject.name))
+    effective = subject.preprocess(preprocess).in_layout(layout)
+    images = data if isinstance(data, Dataset) else open_for(data, subject.input_shape, effective)
+    inside, outside = _halves(images, seed)
+    pixels = _pixels(inside, effective)
+    size = pixels.shape[1], pixels.shape[2]
+    side = side or max(1, round(SHARE * min(size)))
+    if not 1 <= side <= min(size):
+        raise UsageError(f"--side must be 1 to {min(size)} for images of {size[0]}x{size[1]}")
+    effort = Effort(side, steps=steps)
+    networks = [_network(graph, effective, device) for graph in _graphs(subject)]
+    given = _tensor(pixels, device)
+    with reporter.task("searching", 2.0 * effort.total) as task, exact_convolutions():
+
+        def advance() -> None:
+            task.advance("", 1.0)
+
+        best, other = (
+            find_patch(kept, turned, given, effort, seed, advance) for kept, turned in (networks, networks[::-1])
+        )
+    sessions = _sessions(subject)
+    with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
+        turned, exchanged = (_measured(p, sessions, outside, effective, task) for p in (best, other))
+    document: dict[str, Any] = {
+        "schema": SEARCH_SCHEMA,
+        "model": {"path": str(subject.path), "sha256": subject.sha256},
+        "float_model": {"path": str(subject.source.path or ""), "sha256": subject.source.sha256},
+        "samples": {"searched": len(inside), "measured": len(outside)},
+        "effort": {"side": side, "steps": steps, "seed": seed},
+        "patch": {
+            "row": best.row,
+            "col": best.col,
+            "side": side,
+            "share": round(100 * side**2 / (size[0] * size[1]), 2),
+        },
+        "target_class": best.target,
+        "turned": {name: round(rate, 3) for name, rate in turned.items()},
+        "exchanged": {name: round(rate, 3) for name, rate in exchanged.items()},
+        "trigger": None,
+        "verdict": "fail" if _awake(turned, exchanged) else "pass",
+        "notes": list(subject.notes),
+    }
+    found = Found(document, _npz(best, size))
+    if not found.passed and output is not None:
+        write_atomic(output, found.trigger)
+        document["trigger"] = str(output)
+    return found
+
+
+def _subject(
+    model: str | Path,
+    data: str | Path | Dataset,
+    output: str | Path | None,
+    float_model: str | Path | None,
+    reporter: Reporter,
+) -> Subject:
+    """The file to search in, which has to be a quantized classifier of images that the output does not overwrite."""
     source = read_source(model)
     read = [source.path, source.path.with_suffix(".json")]
     read += [] if isinstance(data, Dataset) else files_behind(data)
@@ -100,61 +163,17 @@ def search_trigger(
     found = load_onnx(source)
     if not is_quantized(found.model):
         raise UnsupportedModelError(f"{source.name}: is a float model; search takes the file that defend wrote")
-    inputs = model_inputs(found.model, source.name)
-    if not takes_images(inputs):
+    if not takes_images(model_inputs(found.model, source.name)):
         raise UnsupportedModelError(f"{source.name}: takes no images, and a patch is for images")
     if (shape := shape_without_classes(found.model)) is not None:
         raise UnsupportedModelError(f"{source.name}: is no classifier, its first output is {shape}, not N×classes")
-    subject = Subject(source, found, reporter)
-    subject.find_float(float_model, arch, input_shape, trust_pickle)
-    if subject.source is None:
-        raise UsageError(f"{source.name}: the search compares it with the model it was made from: pass --float")
-    if output is not None and subject.source.path is not None:
-        check_output(output, [subject.source.path])
-    effective = subject.preprocess(preprocess).in_layout(image_layout(inputs))
-    images = data if isinstance(data, Dataset) else open_for(data, subject.input_shape, effective)
-    inside, outside = _halves(images, seed)
-    pixels = _pixels(inside, effective)
-    side = side or max(1, round(SHARE * min(pixels.shape[1:3])))
-    if not 1 <= side <= min(pixels.shape[1:3]):
-        raise UsageError(f"--side must be 1 to {min(pixels.shape[1:3])} for images of {_size(pixels)}")
-    effort = Effort(side, steps=steps)
-    networks = [_network(graph, effective, device) for graph in _graphs(subject)]
-    given = _tensor(pixels, device)
-    with reporter.task("searching", 2.0 * effort.total) as task, exact_convolutions():
+    return Subject(source, found, reporter)
 
-        def advance() -> None:
-            task.advance("", 1.0)
 
-        found_in = [
-            find_patch(kept, turned, given, effort, seed, advance) for kept, turned in (networks, networks[::-1])
-        ]
-    sessions = _sessions(subject)
-    with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
-        first, exchanged = (_measured(p, sessions, outside, effective, task) for p in found_in)
-    control = exchanged["float"] - exchanged["file"]
-    gap = first["file"] - first["float"]
-    awake = gap >= MOST_HONEST and gap >= ONE_SIDED * control
-    best = found_in[0]
-    trigger = _npz(best, pixels.shape[1:3])
-    document: dict[str, Any] = {
-        "schema": SEARCH_SCHEMA,
-        "model": {"path": str(subject.path), "sha256": subject.sha256},
-        "float_model": {"path": str(subject.source.path or ""), "sha256": subject.source.sha256},
-        "samples": {"searched": len(inside), "measured": len(outside)},
-        "effort": {"side": side, "steps": steps, "seed": seed},
-        "patch": {"row": best.row, "col": best.col, "side": side, "share": round(100 * side**2 / _area(pixels), 2)},
-        "target_class": best.target,
-        "turned": {name: round(rate, 3) for name, rate in first.items()},
-        "exchanged": {name: round(rate, 3) for name, rate in exchanged.items()},
-        "trigger": None,
-        "verdict": "fail" if awake else "pass",
-        "notes": list(subject.notes),
-    }
-    if awake and output is not None:
-        write_atomic(output, trigger)
-        document["trigger"] = str(output)
-    return Found(document, trigger)
+def _awake(turned: dict[str, float], exchanged: dict[str, float]) -> bool:
+    """Whether a patch turns so many more answers of the file that it is a trigger. Both: percent by model."""
+    gap, control = turned["file"] - turned["float"], exchanged["float"] - exchanged["file"]
+    return gap >= MOST_HONEST and gap >= ONE_SIDED * control
 
 
 def _halves(images: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -178,14 +197,6 @@ def _tensor(pixels: NDArray[np.float32], device: str) -> Tensor:
     import torch
 
     return torch.from_numpy(pixels).to(device)
-
-
-def _area(pixels: NDArray[np.float32]) -> int:
-    return int(pixels.shape[1] * pixels.shape[2])
-
-
-def _size(pixels: NDArray[np.float32]) -> str:
-    return f"{pixels.shape[1]}x{pixels.shape[2]}"
 
 
 def _graphs(subject: Subject) -> list[ir.Model]:
