@@ -4,8 +4,9 @@
     python benchmarks/choices.py --report
 
 Every row is a file defended with one setting and measured in ONNX Runtime: CDA and ASR of the file and of its nearest
-twin on the same grid. Subjects: the embedded one, and those given (made by `efrapq implant` on CIFAR-10 or,
-where the name says so, GTSRB). Writes results/choices.json as it goes; rows that are there are not measured again.
+twin on the same grid, activation ranges being those that the images show. Subjects: the embedded one, and those given
+(made by `efrapq implant` on CIFAR-10 or, where the name says so, GTSRB). Writes results/choices.json as it goes; rows
+that are there are not measured again.
 --report writes docs/CHOICES.md of them.
 """
 
@@ -115,7 +116,7 @@ def subjects(paths: list[Path], images: int) -> list[Subject]:
 
 def measure(subject: Subject, options: dict[str, Any]) -> dict[str, Any]:
     """Defend with these options, verify in ONNX Runtime."""
-    settings = {"bits": subject.bits, "calib": subject.calibration, "target": native()} | options
+    settings = {"bits": subject.bits, "calib": subject.calibration, "target": native(), "stress": False} | options
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "defended.onnx"
         made = efrapq.defend(subject.path, path, **settings)

@@ -78,7 +78,7 @@ class Variant:
 
     equalize: "" does not; "spans" is efrapq's --equalize; "within" is the paper's, but keeps every Clip and moves no
     channel past it; "relu" makes every Clip a Relu first, as the paper does. correct: biases take up the mean error of
-    their layer. depthwise_bits: of depthwise weights, 0 as all others.
+    their layer. depthwise_bits: of depthwise weights, 0 as all others. stress: as efrapq's option, whose default is on.
     """
 
     bits: int = 4
@@ -92,12 +92,14 @@ class Variant:
     correct: bool = False
     depthwise_bits: int = 0
     headroom: float = 1.0
+    stress: bool = False
 
 
 AS_IS = Variant()
 W8 = replace(AS_IS, bits=8)
 VARIANTS = {
     "W8A8": W8,
+    "W8A8, ranges under patches": replace(W8, stress=True),
     "W8A8, nearest": replace(W8, solver="nearest"),
     "W8A8, lambda_E = 0": replace(W8, solver="fit"),
     "W8A8, act-range percentile": replace(W8, act_range="percentile"),
@@ -112,6 +114,9 @@ VARIANTS = {
     "W8A8, --equalize, act-range output": replace(W8, equalize="spans", act_range="output"),
     "W8A8, --equalize, act-range output, 200 images": replace(W8, equalize="spans", act_range="output", images=200),
     "W8A8, --equalize, act-range output, lambda_E = 0": replace(W8, equalize="spans", act_range="output", solver="fit"),
+    "W8A8, --equalize, act-range output, bias correction": replace(
+        W8, equalize="spans", act_range="output", correct=True
+    ),
     "W8A8, --equalize, act-range mse, lambda_E = 0": replace(W8, equalize="spans", act_range="mse", solver="fit"),
     "W8A8, --equalize, act-range mse, 200 images": replace(W8, equalize="spans", act_range="mse", images=200),
     "W8A8, --equalize, act-range mse, bias correction": replace(W8, equalize="spans", act_range="mse", correct=True),
@@ -119,6 +124,7 @@ VARIANTS = {
     "W8A8, --headroom 4": replace(W8, headroom=4.0),
     "W8, float activations": replace(W8, act_bits=32),
     "as is": AS_IS,
+    "ranges under patches": replace(AS_IS, stress=True),
     "W4, float activations": replace(AS_IS, act_bits=32),
     "nearest": replace(AS_IS, solver="nearest"),
     "lambda_E = 0": replace(AS_IS, solver="fit"),
@@ -189,6 +195,7 @@ def quantize(model: ir.Model, chunks: list[Tensor], variant: Variant) -> tuple[Q
         solver=solver,
         memory=MEMORY,
         headroom=variant.headroom,
+        stress=variant.stress,
     )
     placement = place(model.graph, layers, variant.act_bits)
     with exact_convolutions(), Spool(MEMORY) as floats, Spool(MEMORY) as quantized:

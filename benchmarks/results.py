@@ -208,7 +208,8 @@ def main() -> None:
         cell = measure(entry, bits, act_bits, method, args)
         append(path, cell)
         print(f"{cell['subject']} W{bits}A{act_bits} {method}: {cell['cda']:.2f} / {cell['asr']:.2f}", flush=True)
-    summary(read(path))
+    subjects = {CONTROL if entry is None else entry.name for entry in chosen}
+    summary({at: cell for at, cell in read(path).items() if cell["subject"] in subjects})
     print(f"{time.perf_counter() - started:.0f} s on {machine()['cpu']}")
 
 
