@@ -107,8 +107,8 @@ if TYPE_CHECKING:
     "--stress/--no-stress",
     default=True,
     show_default=True,
-    help="Min-max ranges of a network of images also cover the calibration images with random patches on them: most "
-    "triggers are patches.",
+    help="Activation ranges of a network of images (all but output) are also chosen for the calibration images with "
+    "random patches on them: most triggers are patches.",
 )
 @click.option(
     "--scale",

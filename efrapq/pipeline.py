@@ -104,12 +104,12 @@ def defend(
     each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
     instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
     model's outputs; auto is minmax at 8 bits and mse at 4. headroom: the factor by which minmax ranges are
-    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. stress: minmax ranges
-    of a network of images also cover the calibration images with random patches on them. scale: of the weights,
-    minmax, mse or refit. equalize: scale channels first, where the network's function stays the same, so that one
-    activation grid serves them all. rows: each layer's moments are taken over at most so many rows per input of an
-    output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume: continue a
-    run that was stopped. The same inputs, seed and versions give the same bytes.
+    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. stress: ranges of a
+    network of images (all but output) are also chosen for the calibration images with random patches on them. scale:
+    of the weights, minmax, mse or refit. equalize: scale channels first, where the network's function stays the same,
+    so that one activation grid serves them all. rows: each layer's moments are taken over at most so many rows per
+    input of an output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume:
+    continue a run that was stopped. The same inputs, seed and versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
@@ -183,9 +183,9 @@ def defend(
         source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
-    if solved.coarser:
+    if solved.driven:
         recorded["stress"] = True
-        calibration["stress"] = _stress(solved.coarser, reporter)
+        calibration["stress"] = _stress(solved.driven, settings.act_range, reporter)
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
@@ -244,17 +244,20 @@ def _files(calib: Calibration | None) -> list[Path]:
     return files_behind(calib)
 
 
-def _stress(coarser: Mapping[str, float], reporter: Reporter) -> dict[str, Any]:
-    """A record of what patches did to the activations' ranges; says so where it is much."""
-    worst = max(coarser, key=lambda name: coarser[name])
-    far = sum(factor > STANDS_OUT for factor in coarser.values())
+def _stress(driven: Mapping[str, float], act_range: str, reporter: Reporter) -> dict[str, Any]:
+    """A record of how far patches drive the activations; says so where it is far."""
+    worst = max(driven, key=lambda name: driven[name])
+    far = sum(factor > STANDS_OUT for factor in driven.values())
     if far:
+        then = "their grids cover that and are coarser for it"
+        if act_range != "minmax":
+            then = "their grids do not cover that (minmax ranges with 8 bits do)"
         reporter.warn(
-            f"patches on the calibration images drive {far} of {len(coarser)} activations past {STANDS_OUT:g} times "
-            f"what the images alone reach, {printable(worst)} to {coarser[worst]:.1f} times: their grids cover that "
-            "and are coarser for it. Few networks answer so; one with a backdoor in what would be clipped does"
+            f"patches on the calibration images drive {far} of {len(driven)} activations past {STANDS_OUT:g} times "
+            f"what the images alone reach, {printable(worst)} to {driven[worst]:.1f} times: {then}. Few networks "
+            "answer so; one with a backdoor in what is clipped does"
         )
-    return {"activations": len(coarser), "far": far, "widest": worst, "factor": round(coarser[worst], 3)}
+    return {"activations": len(driven), "far": far, "widest": worst, "factor": round(driven[worst], 3)}
 
 
 def _describe(source: FloatModel) -> str:

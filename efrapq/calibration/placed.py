@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efrapq.calibration.live_range import follower, live_range
 from efrapq.calibration.ranges import calibrate, extremes
+from efrapq.calibration.stress import Stressed
 from efrapq.graph import constants as const
 from efrapq.graph.executor import Executor
 from efrapq.graph.placement import Placement
@@ -29,8 +30,8 @@ BOUNDED = {"HardSigmoid": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.
 class Calibrator:
     """Chooses grids for the placed values of one graph. method: as `calibrate` takes it. limits: by name, of the values
     whose range is known already. headroom: the factor by which a range reaches beyond what the calibration shows, for
-    `minmax`; not of the graph's inputs, and not beyond what an operator can give. stressed: by name, what values reach
-    that ranges have to cover beside what the calibration shows; coarser: the factor by which that made them wider.
+    `minmax`; not of the graph's inputs, and not beyond what an operator can give. stressed: by name, what values are
+    under patches, for which ranges are chosen as well; driven: by name, how many times as far that reaches.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Calibrator:
         limits: Mapping[str, Limits] | None = None,
         device: torch.device | str = "cpu",
         headroom: float = 1.0,
-        stressed: Mapping[str, Limits] | None = None,
+        stressed: Mapping[str, Stressed] | None = None,
     ) -> None:
         self.executor, self.placement, self.method, self.device = executor, placement, method, device
         self.known = limits or {}
         self.headroom = headroom
         self.stressed = stressed or {}
-        self.coarser: dict[str, float] = {}
+        self.driven: dict[str, float] = {}
         self.values = {str(v.name): v for v in (*graph.inputs, *(o for node in graph for o in node.outputs))}
 
     def grid(self, name: str, chunks: Sequence[Tensor]) -> ActivationGrid:
@@ -57,7 +58,8 @@ class Calibrator:
         if name in self.known:
             extremes(chunks, name)
             return activation_grid(*self.known[name], bits)
-        return calibrate(chunks, bits, self.method, name, self.limits(name, chunks))
+        beside = self.stressed[name].spread if name in self.stressed else None
+        return calibrate(chunks, bits, self.method, name, self.limits(name, chunks), beside)
 
     def limits(self, name: str, chunks: Sequence[Tensor]) -> Limits:
         """What the value reaches, as far as it matters to what is computed from it alone."""
@@ -76,9 +78,9 @@ class Calibrator:
             return low, high
         if name in self.stressed:
             before = max(high, 0.0) - min(low, 0.0)
-            low, high = min(low, self.stressed[name][0]), max(high, self.stressed[name][1])
+            low, high = min(low, self.stressed[name].low), max(high, self.stressed[name].high)
             if before > 0:
-                self.coarser[name] = (max(high, 0.0) - min(low, 0.0)) / before
+                self.driven[name] = (max(high, 0.0) - min(low, 0.0)) / before
         least, most = BOUNDED.get(node.op_type, (-np.inf, np.inf))
         if node.op_type == "Clip":
             ends = [const.array_or_none(end) for end in (*node.inputs[1:], None, None)[:2]]

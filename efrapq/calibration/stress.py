@@ -1,25 +1,27 @@
-"""Activation ranges under stress: what calibration images reach once something strange lies on them.
+"""Activations under stress: what they are once something strange lies on the calibration images.
 
 A trigger is something that no calibration image shows, and it can drive an activation past everything that they reach.
 The grid ends there, so the value is clipped, and a network whose float form silences the trigger with that very value
-is awake. Whoever calibrates does not know the trigger, but most are small and lie on the image as a patch does: so the
-ranges cover the same images with random patches, too. Of networks without such an answer that costs next to nothing
-(docs/THREAT-MODEL.md has the figures).
+is awake. Whoever calibrates does not know the trigger, but most are small and lie on the image as a patch does: so
+ranges are chosen for the same images with random patches on them, too. Of networks without such an answer that costs
+next to nothing (docs/THREAT-MODEL.md has the figures).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from efrapq.calibration.ranges import Histogram
 from efrapq.graph.executor import Executor
 from efrapq.preprocess import layout_of
 from efrapq.progress import Reporter
 
-__all__ = ["patched", "stressed_limits"]
+__all__ = ["Stressed", "patched", "stressed_values"]
 
 # Sides of a patch, as shares of the image's shorter one: those of published triggers are 1/8 (4 of 32) to 1/5.
 SMALLEST, LARGEST = 1 / 8, 1 / 4
@@ -53,26 +55,56 @@ def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generato
     return out
 
 
-def stressed_limits(
-    executor: Executor, name: str, chunks: Sequence[Tensor], placed: Sequence[str], seed: int, reporter: Reporter
-) -> Mapping[str, tuple[float, float]]:
-    """Lowest and highest of each placed value over the calibration images with patches on them, by the value's name.
+@dataclass(frozen=True)
+class Stressed:
+    """One activation under patches: its lowest and highest value, and how its values are spread between them, where
+    that was asked for."""
 
-    name: of the input. chunks: of it, images in the model's layout, on the CPU. Values that become NaN or infinite
-    under a patch are left out.
+    low: float
+    high: float
+    spread: Histogram | None = None
+
+
+def stressed_values(
+    executor: Executor,
+    name: str,
+    chunks: Sequence[Tensor],
+    placed: Sequence[str],
+    seed: int,
+    reporter: Reporter,
+    *,
+    spread: bool = False,
+) -> Mapping[str, Stressed]:
+    """The placed values over the calibration images with patches on them, by the value's name.
+
+    name: of the input. chunks: of it, images in the model's layout, on the CPU. spread: how values are spread, too,
+    which takes a second pass. Values that become NaN or infinite under a patch are left out.
     """
+    found: dict[str, Stressed] = {}
+    with reporter.task("stress", (1 + spread) * len(chunks)) as task, torch.no_grad():
+        for images in _patched_chunks(chunks, seed):
+            for value, tensor in executor.visit({name: images}, placed):
+                low, high = map(float, tensor.aminmax())
+                if math.isfinite(low) and math.isfinite(high):
+                    before = found.get(value, Stressed(low, high))
+                    found[value] = Stressed(min(low, before.low), max(high, before.high))
+            task.advance("", 1.0)
+        for images in _patched_chunks(chunks, seed) if spread else ():
+            for value, tensor in executor.visit({name: images}, list(found)):
+                known = found[value]
+                if known.low < known.high and bool(tensor.isfinite().all()):
+                    more = Histogram.of([tensor], known.low, known.high)
+                    total = more if known.spread is None else known.spread + more
+                    found[value] = replace(known, spread=total)
+            task.advance("", 1.0)
+    return found
+
+
+def _patched_chunks(chunks: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
+    """The chunks with patches on their images; black and white are the least and the most of each channel."""
     generator = torch.Generator().manual_seed(seed)
     axes = (0, 1, 2) if layout_of(chunks[0].shape) == "NHWC" else (0, 2, 3)
     low = torch.stack([chunk.amin(axes) for chunk in chunks]).amin(0)
     high = torch.stack([chunk.amax(axes) for chunk in chunks]).amax(0)
-    found: dict[str, tuple[float, float]] = {}
-    with reporter.task("stress", len(chunks)) as task, torch.no_grad():
-        for chunk in chunks:
-            images = patched(chunk, low, high, generator)
-            for value, tensor in executor.visit({name: images}, placed):
-                least, most = map(float, tensor.aminmax())
-                if math.isfinite(least) and math.isfinite(most):
-                    before = found.get(value, (least, most))
-                    found[value] = min(least, before[0]), max(most, before[1])
-            task.advance("", 1.0)
-    return found
+    for chunk in chunks:
+        yield patched(chunk, low, high, generator)

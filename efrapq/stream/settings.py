@@ -20,8 +20,8 @@ class PassSettings:
     chosen; scale: how weight scales are: minmax, mse or refit. rows: H is accumulated over at most rows·D rows.
     solver: settings of one, or None for rounding to nearest. memory: bytes of activations kept in memory, the rest
     goes to temporary files; None keeps all. block: inputs that share a scale, in matrices with a multiple of so many;
-    0 for one scale per output channel. headroom: the factor by which minmax ranges are widened. stress: whether minmax
-    ranges of a network of images cover the calibration images with patches on them, too.
+    0 for one scale per output channel. headroom: the factor by which minmax ranges are widened. stress: whether ranges
+    of a network of images, but for output, are chosen for the calibration images with patches on them, too.
     """
 
     bits: int

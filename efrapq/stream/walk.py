@@ -18,8 +18,8 @@ from torch import Tensor
 
 from efrapq.calibration.feeds import Feeds
 from efrapq.calibration.output_ranges import choose_limits
-from efrapq.calibration.placed import Calibrator, Limits
-from efrapq.calibration.stress import stressed_limits
+from efrapq.calibration.placed import Calibrator
+from efrapq.calibration.stress import Stressed, stressed_values
 from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
@@ -41,8 +41,8 @@ __all__ = ["Solved", "Walk", "streaming_pass"]
 @dataclass(frozen=True)
 class Solved:
     """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
-    of activations that went through temporary files. seconds: the whole pass took. coarser: by value name, the factor
-    by which patches on the images made its range wider; empty where none were tried.
+    of activations that went through temporary files. seconds: the whole pass took. driven: by value name, how many
+    times as far it reaches with patches on the images; empty where none were tried.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -51,7 +51,7 @@ class Solved:
     fallback: tuple[str, ...]
     filed: int = 0
     seconds: float = 0.0
-    coarser: dict[str, float] = field(default_factory=dict)
+    driven: dict[str, float] = field(default_factory=dict)
 
 
 def streaming_pass(
@@ -177,15 +177,14 @@ class Walk:
             self.executor.fallback_nodes,
             filed,
             time.perf_counter() - started,
-            self.calibrator.coarser,
+            self.calibrator.driven,
         )
 
     def _calibrator(self, reporter: Reporter) -> Calibrator:
         """What chooses the activations' grids."""
         settings, about = self.settings, (self.graph, self.executor, self.placement)
         if settings.act_range != "output" or not self.placement.grids:
-            stress = settings.stress and settings.act_range == "minmax" and bool(self.placement.grids)
-            stressed = self._stressed(reporter) if stress else None
+            stressed = self._stressed(reporter) if settings.stress and self.placement.grids else None
             return Calibrator(
                 *about, settings.act_range, device=self.device, headroom=settings.headroom, stressed=stressed
             )
@@ -195,17 +194,17 @@ class Walk:
         )
         return Calibrator(*about, "mse", limits, self.device)
 
-    def _stressed(self, reporter: Reporter) -> Mapping[str, Limits]:
-        """What values reach under patches, where the one input is images."""
+    def _stressed(self, reporter: Reporter) -> Mapping[str, Stressed]:
+        """What values are under patches, where the one input is images."""
         names = [str(v.name) for v in self.graph.inputs if v.name not in self.executor.constants]
         if len(names) != 1:
             return {}
         chunks = [given.tensors[names[0]] if isinstance(given, Feeds) else given for given in self.inputs]
         if any(chunk.dim() != 4 or chunk.dtype != torch.float32 for chunk in chunks):
             return {}
-        return stressed_limits(
-            self.executor, names[0], chunks, list(self.placement.grids), self.settings.seed, reporter
-        )
+        placed = [name for name in self.placement.grids if name != names[0]]
+        spread = self.settings.act_range != "minmax"
+        return stressed_values(self.executor, names[0], chunks, placed, self.settings.seed, reporter, spread=spread)
 
     # The two streams.
 

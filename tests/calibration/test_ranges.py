@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from efrapq.calibration.ranges import RANGE_METHODS, calibrate
+from efrapq.calibration.ranges import RANGE_METHODS, Histogram, calibrate, extremes
 from efrapq.errors import UnsupportedModelError
 from efrapq.grid import ActivationGrid, activation_grid
 
@@ -83,6 +83,30 @@ def test_mse_is_the_best_shrunken_range(kind: str, bits: int) -> None:
 def test_mse_at_four_bits_shrinks_a_bell() -> None:
     x = samples("normal")
     assert calibrate(chunks(x), 4, "mse").scale < 0.95 * calibrate(chunks(x), 4, "minmax").scale
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse"])
+@BITS
+def test_values_beside_count_like_the_others(method: str, bits: int) -> None:
+    """Whatever range they were counted over: all of them in the bins of one."""
+    x, more = samples("normal"), 3 * samples("relu")
+    limits = extremes(chunks(np.concatenate([x, more])))
+    together = calibrate(chunks(np.concatenate([x, more])), bits, method)
+    own = Histogram.of(chunks(more), *extremes(chunks(more)))
+    assert calibrate(chunks(x), bits, method, limits=limits, beside=own).scale == pytest.approx(
+        together.scale, rel=0.02
+    )
+    assert calibrate(chunks(x), bits, method, limits=limits).scale < 0.9 * together.scale
+
+
+def test_histograms_add_up_in_the_bins_of_the_first() -> None:
+    first, second = (Histogram(low, high, torch.ones(4096, dtype=torch.float64)) for low, high in ((0, 1), (-1, 3)))
+    found = first + second
+    assert (found.low, found.high) == (0, 1)
+    assert float(found.counts.sum()) == 2 * 4096
+    # A quarter of the second lies below, a half above.
+    assert float(found.counts[0]) >= 1 + 1024
+    assert float(found.counts[-1]) >= 1 + 2048
 
 
 @METHODS

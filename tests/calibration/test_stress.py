@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from onnx import helper
 
 import efrapq
-from efrapq.calibration.stress import patched
+from efrapq.calibration.stress import patched, stressed_values
 from efrapq.data import Dataset
+from efrapq.graph.executor import Executor
+from efrapq.graph.prepare import prepare
+from efrapq.grid import ActivationGrid
 from efrapq.pipeline import Defended
 from efrapq.progress import Silent
 
@@ -93,20 +96,77 @@ def test_ranges_only_grow_and_it_is_recorded(
     assert json.loads(default.quantized.metadata["efrapq.settings"])["stress"] is True
 
 
-def test_only_with_min_max_ranges(
+def test_not_where_ranges_are_chosen_by_the_outputs_or_there_are_none(
     residual_net: Callable[..., onnx.ModelProto], images: Callable[..., NDArray[np.float32]], tmp_path: Path
 ) -> None:
-    """Other ranges leave values out on purpose."""
     onnx.save(residual_net(), tmp_path / "m.onnx")
     calib = Dataset.from_arrays(images(32), None)
-    for options in (
-        {"calib": calib, "act_bits": 4},
-        {"calib": calib, "act_range": "mse"},
-        {"calib": calib, "act_bits": 32},
-    ):
+    for options in ({"calib": calib, "act_range": "output"}, {"calib": calib, "act_bits": 32}):
         on, off = (efrapq.defend(tmp_path / "m.onnx", stress=s, **OPTIONS, **options) for s in (True, False))
         assert on.data == off.data
         assert "stress" not in on.evidence["settings"]
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_ranges_of_least_error_serve_patched_images_as_well(
+    act_bits: int,
+    residual_net: Callable[..., onnx.ModelProto],
+    images: Callable[..., NDArray[np.float32]],
+    tmp_path: Path,
+) -> None:
+    """Over the images and their patched copies together, no grid is worse than the one for the images alone."""
+    onnx.save(residual_net(), tmp_path / "m.onnx")
+    x = images(48)
+    options = {"calib": Dataset.from_arrays(x, None), "act_range": "mse", "act_bits": act_bits} | OPTIONS
+    plain, default = (efrapq.defend(tmp_path / "m.onnx", stress=s, **options) for s in (False, True))
+    assert default.evidence["settings"]["stress"] is True
+    assert plain.data != default.data
+    grids = default.quantized.activations
+    names = [name for name in grids if name != "input"]
+    executor = Executor(prepare(onnx.load(tmp_path / "m.onnx")))
+    pixels = torch.from_numpy(x)
+    under = patched(pixels, pixels.amin((0, 2, 3)), pixels.amax((0, 2, 3)), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        values = executor.run({"input": torch.cat([pixels, under])}, names)
+    better = 0
+    for name in names:
+        errors = [squared_error(values[name], made.quantized.activations[name]) for made in (plain, default)]
+        assert errors[1] <= errors[0] * 1.01  # the search sees a histogram instead of the values
+        better += errors[1] < errors[0] * 0.99
+    assert better > 0
+
+
+def squared_error(values: torch.Tensor, grid: ActivationGrid) -> float:
+    return float((grid.fake_quantize(values) - values).double().square().sum())
+
+
+def test_how_values_are_spread_under_patches(
+    residual_net: Callable[..., onnx.ModelProto], images: Callable[..., NDArray[np.float32]]
+) -> None:
+    """Counted by NumPy, over chunks that share one seed."""
+    graph = prepare(residual_net())
+    executor = Executor(graph)
+    chunks = list(torch.from_numpy(images(40)).split(16))
+    low, high = (torch.stack([getattr(c, end)((0, 2, 3)) for c in chunks]) for end in ("amin", "amax"))
+    generator = torch.Generator().manual_seed(5)
+    under = torch.cat([patched(c, low.amin(0), high.amax(0), generator) for c in chunks])
+    names = [str(node.outputs[0].name) for node in graph.graph if node.op_type in ("Relu", "Add")]
+    assert names
+    found = stressed_values(executor, "input", chunks, names, 5, Silent(), spread=True)
+    assert found.keys() == set(names)
+    with torch.no_grad():
+        values = executor.run({"input": under}, names)
+    for name in names:
+        known, x = found[name], values[name].double().numpy()
+        assert known.low == pytest.approx(x.min(), rel=1e-5)
+        assert known.high == pytest.approx(x.max(), rel=1e-5)
+        assert known.spread is not None
+        counts, _ = np.histogram(x, len(known.spread.counts), (known.low, known.high))
+        assert float(known.spread.counts.sum()) == x.size
+        # At the edges of bins one float is as good as another.
+        assert np.abs(known.spread.counts.numpy() - counts).sum() <= 0.002 * x.size
+    without = stressed_values(executor, "input", chunks, names, 5, Silent())
+    assert all(value.spread is None for value in without.values())
 
 
 def test_both_layouts_get_the_same_patches() -> None:
