@@ -269,6 +269,7 @@ def threats(table: Table) -> dict[str, str]:
         "promise_kept": _kept(table, honest),
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "headroom": _with_headroom(table, bases),
+        "four_bits": _four_bits(table),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
         "control_lost": _most_lost(table),
@@ -298,6 +299,20 @@ def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
         if any(wide):
             rows.append([*_against(table, base), *("–" if c is None else _figures(c) for c in wide)])
     return markdown(["subject", "bits", "float", "RTN", "efrapq", "--headroom 2", "--headroom 4"], rows)
+
+
+def _four_bits(table: Table) -> str:
+    """What patches do to ranges of 4-bit activations: on all subjects, and on those that wake without."""
+    found = [
+        (b, plain, ours) for b in table.at(4, 4) if (plain := table.get(b, PLAIN)) and (ours := table.get(b, OURS))
+    ]
+    changed = [ours["cda"] - plain["cda"] for _, plain, ours in found]
+    words = [
+        f"{title(b)} has {_figures(ours)} with them and {_figures(plain)} without, float {_float(b)}"
+        for b, plain, ours in found
+        if plain["asr"] > b["float_asr"] + 1
+    ]
+    return f"on {len(found)} subjects that moves CDA by {mean(changed):+.2f} points on average. " + "; ".join(words)
 
 
 def _ours(cell: Cell | None) -> str:
