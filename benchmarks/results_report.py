@@ -213,11 +213,16 @@ def trained() -> str:
             [
                 f"`{name}`",
                 f"`{found['sha256'][:12]}`",
-                f"{found['seconds'] / 60:.0f} min",
+                f"{max(found['seconds'] / 60, 1):.0f} min, {_machine(found['machine'])}",
                 "; ".join(f"{row} {v['cda']:.1f} / {v['asr']:.1f}" for row, v in measured.items()),
             ]
         )
     return markdown(["subject", "SHA-256", "trained in", "measured in torch: CDA / ASR"], rows)
+
+
+def _machine(found: dict[str, Any]) -> str:
+    """What trained it."""
+    return str(found["cuda"]) if found["cuda"] else "Intel Xeon" if "Xeon" in found["cpu"] else str(found["cpu"])
 
 
 def plot(table: Table) -> bytes:
