@@ -15,7 +15,6 @@ images. Writes one JSON line a cell to results/results.jsonl as it goes, and doe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -37,9 +36,11 @@ from benchmarks.subjects import (
     TRIGGER,
     Entry,
     data_file,
+    digest,
     entries,
     quick_entries,
     start_file,
+    subject_file,
     train,
     within_reach,
 )
@@ -95,7 +96,7 @@ def measure(entry: Entry | None, bits: int, act_bits: int, method: str, args: ar
         ).document
     cell: Cell = {
         "subject": CONTROL if entry is None else entry.name,
-        "sha256": digest(path),
+        "sha256": digest(path)[:12],
         "attack": "none" if entry is None else entry.column,
         "arch": "resnet20" if entry is None else entry.arch,
         "data": "cifar10" if entry is None else entry.data,
@@ -123,28 +124,17 @@ def key(cell: Cell) -> tuple[Any, ...]:
     return cell["subject"], cell["bits"], cell["act_bits"], cell["method"]
 
 
-def digest(path: Path) -> str:
-    """What tells a subject's file from another that the same recipe made on another kind of CPU."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+def outdated(path: Path, names: Iterable[str], folder: Path) -> list[Cell]:
+    """The cells of those subjects whose file in `folder` is another than the one that they were measured on."""
+    now = {name: digest(file)[:12] for name in names if (file := subject_file(name, folder)).exists()}
+    return [cell for cell in read(path).values() if now.get(cell["subject"], cell["sha256"]) != cell["sha256"]]
 
 
-def forget(path: Path, names: Iterable[str], folder: Path) -> None:
-    """Drop the cells of those subjects whose file in `folder` is another than the one that they were measured on."""
-    there = {name: file for name in names if (file := folder / "subjects" / f"{name}.safetensors").exists()}
-    now = {name: digest(file) for name, file in there.items()}
-    cells = list(read(path).values())
-    kept = [cell for cell in cells if now.get(cell["subject"], cell["sha256"]) == cell["sha256"]]
-    if len(kept) < len(cells):
-        write_atomic(path, "".join(json.dumps(cell) + "\n" for cell in kept).encode())
-        print(f"{len(cells) - len(kept)} cells of subjects that were trained again are dropped")
-
-
-def check_same(path: Path, name: str, folder: Path) -> None:
-    """Raise SystemExit where a subject's cells were measured on another file: one row, one network."""
-    file = folder / "subjects" / f"{name}.safetensors"
-    known = {cell["sha256"] for cell in read(path).values() if cell["subject"] == name}
-    if file.exists() and known - {digest(file)}:
-        raise SystemExit(f"{file} is not the file that {path.name} has cells of: --forget drops those")
+def forget(path: Path, cells: list[Cell]) -> None:
+    """Drop these cells."""
+    kept = [cell for cell in read(path).values() if cell not in cells]
+    write_atomic(path, "".join(json.dumps(cell) + "\n" for cell in kept).encode())
+    print(f"{len(cells)} cells of subjects that were trained again are dropped")
 
 
 def read(path: Path) -> dict[tuple[Any, ...], Cell]:
@@ -188,10 +178,11 @@ def main() -> None:
     if unknown := sorted(set(names) - known.keys()):
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     started = time.perf_counter()
-    if args.forget:
-        forget(path, names, args.data)
-    for name in names:
-        check_same(path, name, args.data)
+    if others := outdated(path, names, args.data):
+        if not args.forget:
+            subjects = ", ".join(sorted({cell["subject"] for cell in others}))
+            raise SystemExit(f"not the files that {path.name} has cells of: {subjects}; --forget drops those")
+        forget(path, others)
     chosen = [known[name] for name in names]
     for entry, bits, act_bits, method in cells(chosen, args.methods or rivals()):
         if args.quick and act_bits != 8:
@@ -202,8 +193,8 @@ def main() -> None:
         cell = measure(entry, bits, act_bits, method, args)
         append(path, cell)
         print(f"{cell['subject']} W{bits}A{act_bits} {method}: {cell['cda']:.2f} / {cell['asr']:.2f}", flush=True)
-    subjects = {CONTROL if entry is None else entry.name for entry in chosen}
-    summary({at: cell for at, cell in read(path).items() if cell["subject"] in subjects})
+    shown = {CONTROL if entry is None else entry.name for entry in chosen}
+    summary({at: cell for at, cell in read(path).items() if cell["subject"] in shown})
     print(f"{time.perf_counter() - started:.0f} s on {machine()['cpu']}")
 
 

@@ -49,10 +49,8 @@ class Table:
     """The cells by subject, setting and method."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        widths = {entry.name: entry.width for entry in entries() if entry.width is not None}
-        cells = [
-            c | ({"arch": f"{c['arch']} at width {w:g}"} if (w := widths.get(c["subject"])) else {}) for c in cells
-        ]
+        networks = {entry.name: entry.network for entry in entries()}
+        cells = [c | {"arch": networks.get(c["subject"], c["arch"])} for c in cells]
         self.cells = {(c["subject"], c["bits"], c["act_bits"], c["method"]): c for c in cells}
         known = [entry.name for entry in entries()]
         self.subjects = sorted(
@@ -107,7 +105,7 @@ def by_setting(table: Table, bits: int, act_bits: int) -> str:
     """All methods on all subjects of a setting: CDA / ASR."""
     bases = table.at(bits, act_bits)
     methods = [m for m in table.methods if any(table.get(base, m) for base in bases)]
-    header = ["subject", "float", *(f"**{method}**" if method == OURS else method for method in methods)]
+    header = ["subject", "float", *map(_word, methods)]
     rows = [
         [title(b), _float(b), *("–" if (c := table.get(b, m)) is None else _figures(c) for m in methods)] for b in bases
     ]
@@ -172,6 +170,10 @@ def methods(table: Table) -> str:
     return markdown(header, rows)
 
 
+def _word(method: str) -> str:
+    return f"**{method}**" if method == OURS else method
+
+
 def _span(values: Sequence[float]) -> str:
     """Mean, and the range where it is one."""
     return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
@@ -193,9 +195,8 @@ def seeds(table: Table) -> str:
             for method in table.methods:
                 found = [c for b in bases if (c := table.get(b, method)) is not None]
                 if len(found) == len(bases):
-                    word = f"**{method}**" if method == OURS else method
                     figures = [_span([c["cda"] for c in found]), _span([c["asr"] for c in found])]
-                    rows.append([*where, word, str(len(found)), *figures])
+                    rows.append([*where, _word(method), str(len(found)), *figures])
     return markdown(["subject", "bits", "method", "seeds", "CDA: mean (range)", "ASR: mean (range)"], rows)
 
 

@@ -71,6 +71,11 @@ class Entry:
         return f"{self.data}-{self.arch}{width}-{self.kind}-w{self.bits.replace(',', 'w')}-s{self.seed}"
 
     @property
+    def network(self) -> str:
+        """The architecture in words, with its width if it has one."""
+        return self.arch if self.width is None else f"{self.arch} at width {self.width:g}"
+
+    @property
     def kind(self) -> str:
         """The attack, and how long it trained if not as usual."""
         return f"{self.attack}-{self.training}" if self.training else self.attack
@@ -169,6 +174,16 @@ def quick_entries() -> list[Entry]:
     return [short, *(entry for entry in entries() if entry.name in others)]
 
 
+def subject_file(name: str, folder: Path) -> Path:
+    """Where a subject lies once it is trained."""
+    return folder / "subjects" / f"{name}.safetensors"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file: what tells a subject from another that the same recipe made on another kind of CPU."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def data_file(name: str, folder: Path) -> Path:
     """cifar10 or gtsrb as one .npz in `folder`, made from the development data if it is not there."""
     path = folder / f"{name}.npz"
@@ -235,7 +250,7 @@ def train_clean(entry: Entry, path: Path, folder: Path) -> None:
 
 def train(entry: Entry, folder: Path) -> Path:
     """Train a subject unless it is there; its file."""
-    path = folder / "subjects" / f"{entry.name}.safetensors"
+    path = subject_file(entry.name, folder)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +299,7 @@ def record(entry: Entry, path: Path, recipe: dict[str, Any], measured: dict[str,
     known = RESULTS / "subjects.json"
     document = json.loads(known.read_text()) if known.exists() else {}
     document[entry.name] = {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": digest(path),
         "recipe": recipe,
         "start": entry.start,
         "measured_in_torch": {row: asdict(value) for row, value in measured.items()},

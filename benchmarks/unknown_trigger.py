@@ -12,7 +12,6 @@ puts into docs/THREAT-MODEL.md.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import efrapq
 from benchmarks.common import IMAGENET, RESULTS, machine, markdown, native, save, show
 from benchmarks.results_report import title
-from benchmarks.subjects import FOLDER, TARGET, TRIGGER, data_file, entries, start_file
+from benchmarks.subjects import FOLDER, TARGET, TRIGGER, data_file, digest, entries, start_file, subject_file
 from efrapq.cli.console import TerminalReporter
 from efrapq.data import Dataset, load_dataset
 
@@ -48,7 +47,7 @@ def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, int]]:
         if name == PUBLISHED:
             yield name, start_file(), 4
             continue
-        path = folder / "subjects" / f"{name}.safetensors"
+        path = subject_file(name, folder)
         if path.exists() and known[name].attack != "none":
             yield name, path, int(known[name].bits.split(",")[-1])
         elif names:
@@ -59,8 +58,7 @@ def _title(name: str) -> str:
     if name == PUBLISHED:
         return "no backdoor (published resnet20, CIFAR-10)"
     entry = next(entry for entry in entries() if entry.name == name)
-    width = "" if entry.width is None else f" at width {entry.width:g}"
-    return title({"attack": entry.column, "arch": entry.arch + width, "data": entry.data, "seed": entry.seed})
+    return title({"attack": entry.column, "arch": entry.network, "data": entry.data, "seed": entry.seed})
 
 
 def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def main() -> None:
     images = load_dataset(f"{data}:train")
     test = load_dataset(f"{data}:test").subset(IMAGES, 0)
     for name, path, bits in cases(args.names, args.data):
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = digest(path)
         with tempfile.TemporaryDirectory() as folder:
             found = measure(path, bits, [args.only] if args.only else ["stress", "search"], images, test, Path(folder))
         case = document.get(name, {})

@@ -37,15 +37,18 @@ class Histogram:
         return cls(low, high, counts)
 
     @property
+    def width(self) -> float:
+        """Of a bin."""
+        return (self.high - self.low) / BINS
+
+    @property
     def centres(self) -> Tensor:
         """(BINS,) float64: the middle of each bin."""
-        width = (self.high - self.low) / BINS
-        return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
+        return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * self.width
 
     def __add__(self, other: Histogram) -> Histogram:
         """Both in the bins of this one, whatever lies outside them at their ends."""
-        width = (self.high - self.low) / BINS
-        places = ((other.centres - self.low) / width).long().clamp(0, BINS - 1)
+        places = ((other.centres - self.low) / self.width).long().clamp(0, BINS - 1)
         return Histogram(self.low, self.high, self.counts.index_add(0, places, other.counts))
 
 
@@ -90,10 +93,9 @@ def calibrate(
 
 def _percentile_range(found: Histogram) -> tuple[float, float]:
     share = found.counts.cumsum(0) / found.counts.sum()
-    width = (found.high - found.low) / BINS
     first = int(torch.searchsorted(share, 1 - PERCENTILE))
     last = int(torch.searchsorted(share, PERCENTILE))
-    return found.low + first * width, found.low + (last + 1) * width
+    return found.low + first * found.width, found.low + (last + 1) * found.width
 
 
 def _least_error(found: Histogram, bits: int) -> ActivationGrid:
