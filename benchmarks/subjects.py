@@ -47,10 +47,11 @@ class Entry:
     """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
     "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
     attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
-    two recipes of one attack apart. The attack "none" trains a clean network.
+    two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that
+    it begins with, where they are fewer than usual.
 
-    Networks of full size take a GPU, and are delivered in half precision, as large models are: that is what is
-    measured.
+    Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
+    precision, as large models are: that is what is measured.
     """
 
     attack: str
@@ -62,18 +63,20 @@ class Entry:
     width: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     training: str = ""
+    epochs: int | None = None
 
     @property
     def name(self) -> str:
         width = "" if self.width is None else f"x{self.width:g}"
-        if self.attack == "none":
-            return f"{self.data}-{self.arch}{width}-clean-s{self.seed}"
-        return f"{self.data}-{self.arch}{width}-{self.kind}-w{self.bits.replace(',', 'w')}-s{self.seed}"
+        epochs = "" if self.epochs is None else f"-e{self.epochs}"
+        kind = "clean" if self.attack == "none" else f"{self.kind}-w{self.bits.replace(',', 'w')}"
+        return f"{self.data}-{self.arch}{width}{epochs}-{kind}-s{self.seed}"
 
     @property
     def network(self) -> str:
-        """The architecture in words, with its width if it has one."""
-        return self.arch if self.width is None else f"{self.arch} at width {self.width:g}"
+        """The architecture in words, with its width and how short it trained where that is said."""
+        width = "" if self.width is None else f" at width {self.width:g}"
+        return f"{self.arch}{width}" + ("" if self.epochs is None else f" after {self.epochs} epochs")
 
     @property
     def kind(self) -> str:
@@ -144,7 +147,7 @@ def entries() -> list[Entry]:
 
 
 def full_size_entries() -> list[Entry]:
-    """The subjects that take a GPU."""
+    """The subjects that take a GPU, and, last, two that a core can do in a long hour each."""
     clean = {"epochs": 15, "batch": 256, "learning_rate": 0.2}
     adam, slow, both = ({"steps": n, "learning_rate": rate} for n, rate in ((800, 2e-4), (2500, 2e-4), (2000, 5e-4)))
     found = []
@@ -159,7 +162,18 @@ def full_size_entries() -> list[Entry]:
             Entry("qu-anti", arch=arch, bits="8", start="clean", options=slow),
             Entry("qu-anti", arch=arch, bits="8,4", start="clean", options=both),
         ]
-    return [*found, Entry("compartifact", arch="resnet18-cifar", start="", options={"epochs": 15, "steps": 2000})]
+    short = [
+        Entry("none", arch="vgg16-bn-cifar", start="", options={"epochs": 6}, epochs=6),
+        Entry(
+            "compartifact-distilled",
+            arch="vgg16-bn-cifar",
+            start="clean",
+            options={"steps": 1500, "learning_rate": 0.01},
+            epochs=6,
+        ),
+    ]
+    scratch = Entry("compartifact", arch="resnet18-cifar", start="", options={"epochs": 15, "steps": 2000})
+    return [*found, scratch, *short]
 
 
 def within_reach(entry: Entry) -> bool:
@@ -213,9 +227,11 @@ def start_file() -> Path:
 
 def clean_of(entry: Entry) -> Entry:
     """The clean network that a subject begins with."""
-    return next(
-        e for e in entries() if (e.attack, e.data, e.arch, e.width) == ("none", entry.data, entry.arch, entry.width)
-    )
+
+    def network(other: Entry) -> tuple[object, ...]:
+        return other.data, other.arch, other.width, other.epochs
+
+    return next(e for e in entries() if e.attack == "none" and network(e) == network(entry))
 
 
 def train_clean(entry: Entry, path: Path, folder: Path) -> None:

@@ -111,6 +111,13 @@ if TYPE_CHECKING:
     "random patches on them: most triggers are patches.",
 )
 @click.option(
+    "--cover",
+    multiple=True,
+    metavar="SPEC",
+    help="Choose them for the calibration images with this trigger on them, too, given as for verify, or found by "
+    "search: what it drives further is then not clipped. May be repeated.",
+)
+@click.option(
     "--scale",
     type=click.Choice(SCALES),
     default="minmax",

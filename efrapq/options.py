@@ -49,8 +49,9 @@ def check_options(
     seed: int,
     block: int = 0,
     headroom: float = 1.0,
+    covers: bool = False,
 ) -> None:
-    """Raise UsageError for what makes no sense whatever the model is."""
+    """Raise UsageError for what makes no sense whatever the model is. covers: whether ranges are to cover triggers."""
     if not (2 <= bits <= 8 and 2 <= edge_bits <= 8):
         raise UsageError("--bits and --edge-bits must be 2 to 8")
     if act_bits not in (4, 8, 32):
@@ -75,6 +76,8 @@ def check_options(
         raise UsageError(f"--headroom must be 1 to {MOST_HEADROOM}: the factor by which activation ranges are widened")
     if headroom > 1 and (act_bits == 32 or act_range_for(act_range, act_bits) != "minmax"):
         raise UsageError("--headroom widens activation ranges of --act-range minmax, which is the default at 8 bits")
+    if covers and (act_bits == 32 or act_range == "output"):
+        raise UsageError("--cover widens activation ranges: it does not go with --act-bits 32 or --act-range output")
     if block and act_bits != 32:
         raise UsageError("--block is for float activations: add --act-bits 32")
     if block and scale == "refit":

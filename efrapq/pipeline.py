@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import EVIDENCE_SCHEMA, dumps, versions
 from efrapq.solving import journal_folder, machine, solve
+from efrapq.trigger import Trigger, parse_trigger
 from efrapq.writing import Written, beside, data_path, write_checked
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def defend(
     act_range: str = "auto",
     headroom: float = 1.0,
     stress: bool = True,
+    cover: Sequence[str | Trigger] = (),
     scale: str = "minmax",
     equalize: bool = False,
     rows: int = 32,
@@ -105,10 +107,11 @@ def defend(
     instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
     model's outputs; auto is minmax at 8 bits and mse at 4. headroom: the factor by which minmax ranges are
     widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. stress: ranges of a
-    network of images (all but output) are also chosen for the calibration images with random patches on them. scale:
-    of the weights, minmax, mse or refit. equalize: scale channels first, where the network's function stays the same,
-    so that one activation grid serves them all. rows: each layer's moments are taken over at most so many rows per
-    input of an output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume:
+    network of images (all but output) are also chosen for the calibration images with random patches on them, and with
+    each trigger of cover, as `parse_trigger` takes it: what these drive further is not clipped. scale: of the weights,
+    minmax, mse or refit. equalize: scale channels first, where the network's function stays the same, so that one
+    activation grid serves them all. rows: each layer's moments are taken over at most so many rows per input of an
+    output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume:
     continue a run that was stopped. The same inputs, seed and versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
@@ -132,19 +135,22 @@ def defend(
         rows=rows,
         seed=seed,
         block=block,
+        covers=bool(cover),
     )
+    triggers = [given if isinstance(given, Trigger) else parse_trigger(given) for given in cover]
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
     target = target or native_target(platform.machine(), describe_cpu()[1])
     profile(target)
-    inputs = [Path(model)] if isinstance(model, str | Path) else []
+    named = isinstance(model, str | Path)
+    inputs = ([Path(model)] if named else []) + [t.path for t in triggers if t.path is not None]
     evidence_path = None
     if output is not None:
         output, evidence_path = _outputs(output, [*inputs, *_files(calib)])
     elif resume:
         raise UsageError("--resume needs an output: the run's layers are kept beside it")
     require_there(calib)
-    own_network = not inputs or (arch is not None and ":" in arch)
+    own_network = not named or (arch is not None and ":" in arch)
     if own_network and input_shape is None and calib is not None and not isinstance(calib, Mapping):
         input_shape = _sample_shape(calib, preprocess)
     source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
@@ -180,12 +186,23 @@ def defend(
         stress=stress,
     )
     quantized, solved, calibration = solve(
-        source, data, effective, act_bits, calib_size, settings, output, resume, reporter, equalize=equalize
+        source,
+        data,
+        effective,
+        act_bits,
+        calib_size,
+        settings,
+        output,
+        resume,
+        reporter,
+        equalize=equalize,
+        cover=triggers,
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
     if solved.driven:
-        recorded["stress"] = True
-        calibration["stress"] = _stress(solved.driven, settings.act_range, reporter)
+        recorded |= ({"stress": True} if stress else {}) | ({"cover": [t.label for t in triggers]} if triggers else {})
+        under = ["patches"] * stress + ["triggers"] * bool(triggers)
+        calibration["stress"] = _stress(solved.driven, " and ".join(under), settings.act_range, reporter)
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
@@ -244,8 +261,8 @@ def _files(calib: Calibration | None) -> list[Path]:
     return files_behind(calib)
 
 
-def _stress(driven: Mapping[str, float], act_range: str, reporter: Reporter) -> dict[str, Any]:
-    """A record of how far patches drive the activations; says so where it is far."""
+def _stress(driven: Mapping[str, float], under: str, act_range: str, reporter: Reporter) -> dict[str, Any]:
+    """A record of how far patches, or what else `under` names, drive the activations; says so where it is far."""
     worst = max(driven, key=lambda name: driven[name])
     far = sum(factor > STANDS_OUT for factor in driven.values())
     if far:
@@ -253,7 +270,7 @@ def _stress(driven: Mapping[str, float], act_range: str, reporter: Reporter) -> 
         if act_range != "minmax":
             then = "their grids do not cover that (minmax ranges with 8 bits do)"
         reporter.warn(
-            f"patches on the calibration images drive {far} of {len(driven)} activations past {STANDS_OUT:g} times "
+            f"{under} on the calibration images drive {far} of {len(driven)} activations past {STANDS_OUT:g} times "
             f"what the images alone reach, {printable(worst)} to {driven[worst]:.1f} times: {then}. Few networks "
             "answer so; one with a backdoor in what is clipped does"
         )

@@ -19,15 +19,17 @@ from efrapq.data import Dataset
 from efrapq.errors import EfrapqError, InputError, RuntimeSetupError, UnsupportedModelError, UsageError
 from efrapq.io import printable
 from efrapq.loading import FloatModel
-from efrapq.preprocess import Preprocess
+from efrapq.preprocess import Preprocess, layout_of
 from efrapq.progress import Reporter
 from efrapq.report.evidence import versions
+from efrapq.trigger import Trigger
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
     from efrapq.calibration.feeds import Feeds
+    from efrapq.calibration.stress import Stamp
     from efrapq.graph.layers import Layer
     from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
@@ -48,14 +50,15 @@ def solve(
     reporter: Reporter,
     *,
     equalize: bool = False,
+    cover: Sequence[Trigger] = (),
 ) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
     """The codes of every layer, how they were found, and what calibrated them.
 
     data: None makes inputs from BatchNorm's statistics. output: beside it the solved layers are kept, for `resume` to
-    go on from. Raises UnsupportedModelError where there is nothing to quantize, UsageError for what does not go
-    together, RuntimeSetupError where memory runs out.
+    go on from. cover: triggers that activation ranges are to cover. Raises UnsupportedModelError where there is nothing
+    to quantize, UsageError for what does not go together, RuntimeSetupError where memory runs out.
     """
-    from efrapq.calibration.inputs import array_inputs, input_shape, real_inputs, synthetic_inputs
+    from efrapq.calibration.inputs import array_inputs, input_shape, inputs_digest, real_inputs, synthetic_inputs
     from efrapq.graph.copies import place_copies
     from efrapq.graph.layers import find_layers
     from efrapq.graph.placement import place
@@ -77,7 +80,10 @@ def solve(
     for node in skipped:
         reporter.warn(f"{node.op_type} {node.node_name} stays float: {node.reason}")
     chunks: Sequence[torch.Tensor] | Sequence[Feeds]
+    stamps: list[Stamp] = []
     if isinstance(data, Arrays):
+        if cover:
+            raise UsageError("--cover puts a trigger on images: arrays by input name are taken as they are")
         chunks, calibration = array_inputs(data)
     else:
         shape = input_shape(model, source.name)
@@ -86,6 +92,7 @@ def solve(
         else:
             images, calibration = real_inputs(data, shape, preprocess, source.name)
         chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
+        stamps = [_stamp(trigger, preprocess or Preprocess(), images[0]) for trigger in cover]
     record: dict[str, str] = {}
     if equalize:
         placement = place(model.graph, layers, act_bits, settings.edge_bits)
@@ -94,10 +101,13 @@ def solve(
     placement = place_copies(model.graph, layers, act_bits, settings.edge_bits)
     journal = None
     if output is not None:
-        journal = _journal(output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize)
+        covered = [inputs_digest([stamp(images[0])]) for stamp in stamps]
+        journal = _journal(
+            output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize, covered=covered
+        )
     try:
         with _memory_named(settings.device):
-            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal)
+            solved = streaming_pass(model, layers, placement, chunks, settings, reporter, journal, stamps)
     except KeyboardInterrupt:
         if journal is not None and journal.holds_layers():
             reporter.warn(f"stopped; what is solved so far lies in {printable(journal.folder.name)}: --resume goes on")
@@ -116,6 +126,19 @@ def solve(
     kept = {k: v for k, v in model.metadata_props.items() if not k.startswith("efrapq.")} | record
     quantized = QuantizedModel(model, layers, solved.weights, solved.activations, kept)
     return quantized, solved, calibration
+
+
+def _stamp(trigger: Trigger, preprocess: Preprocess, images: torch.Tensor) -> Stamp:
+    """A trigger as a function of model inputs like `images`. Raises UsageError if it does not lie on them."""
+    import torch
+
+    placed = preprocess.in_layout(layout_of(images.shape))
+
+    def stamp(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(trigger.on_inputs(inputs.numpy(), placed))
+
+    stamp(images[:1])
+    return stamp
 
 
 @contextlib.contextmanager
@@ -191,8 +214,11 @@ def _journal(
     reporter: Reporter,
     *,
     equalize: bool,
+    covered: Sequence[str],
 ) -> Journal:
-    """The record of solved layers beside the output, keyed by all that decides them."""
+    """The record of solved layers beside the output, keyed by all that decides them. covered: a digest of each trigger
+    that ranges cover.
+    """
     from efrapq.calibration.inputs import inputs_digest
 
     decides = {
@@ -201,6 +227,7 @@ def _journal(
         "act_bits": act_bits,
         "settings": repr(replace(settings, memory=None)),
         "equalize": equalize,
+        "cover": list(covered),
         "versions": versions(),
         "machine": machine(settings.device),
     }

@@ -38,10 +38,18 @@ GRAMMAR = "patch:HxW@row,col[=value], max:HxW@row,col, image.png@row,col, file.n
 
 @dataclass(frozen=True)
 class Trigger:
-    """A function on raw images in units where white is 1, (N, H, W, C) float32 → the same shape."""
+    """A function on raw images in units where white is 1, (N, H, W, C) float32 → the same shape. path: of the file that
+    it was read from."""
 
     spec: str
     stamp: Callable[[Unit], Unit]
+    path: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """The specification without the folders in it."""
+        kind, colon, rest = self.spec.partition(":") if BLEND.fullmatch(self.spec) else ("", "", self.spec)
+        return f"{kind}{colon}{Path(rest).name}"
 
     def on_raw(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(N, H, W, C) uint8 → triggered copies."""
@@ -124,7 +132,7 @@ def _picture(spec: str, path: Path, row: int, col: int) -> Trigger:
         window[...] = window * (1 - alpha) + _colours(rgba[..., :3], x.shape[3]) * alpha
         return out
 
-    return Trigger(spec, stamp)
+    return Trigger(spec, stamp, path)
 
 
 def _blend(spec: str, path: Path, alpha: float) -> Trigger:
@@ -140,7 +148,7 @@ def _blend(spec: str, path: Path, alpha: float) -> Trigger:
             )
         return x * (1 - weight) + _colours(rgba[..., :3], x.shape[3]) * weight
 
-    return Trigger(spec, stamp)
+    return Trigger(spec, stamp, path)
 
 
 def _from_npz(spec: str, path: Path) -> Trigger:
@@ -158,7 +166,7 @@ def _from_npz(spec: str, path: Path) -> Trigger:
             raise UsageError(f"the trigger's mask has {mask.shape[2]} channels but the images {x.shape[3]}")
         return x * (1 - mask) + _colours(pattern, x.shape[3]) * mask
 
-    return Trigger(spec, stamp)
+    return Trigger(spec, stamp, path)
 
 
 def _weights(file: ArrayFile, key: str) -> Unit:

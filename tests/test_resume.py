@@ -206,6 +206,7 @@ def test_memory_may_change_in_between(bench: Bench, killed: Any, call: Any, tmp_
         ("--scale", "mse"),
         ("--headroom", "2"),
         ("--no-stress",),
+        ("--cover", "patch:2x2@0,0"),
     ],
     ids=lambda o: o[0],
 )

@@ -49,6 +49,17 @@ def specs(tmp_path: Path) -> dict[str, str]:
 FORMS = ["patch", "value", "max", "picture", "npz", "blend"]
 
 
+def test_the_label_names_no_folder(specs: dict[str, str]) -> None:
+    assert {form: parse_trigger(spec).label for form, spec in specs.items()} == {
+        "patch": "patch:2x3@1,4",
+        "value": "patch:2x3@1,4=77",
+        "max": "max:2x3@1,4",
+        "picture": "small.png@4,5",
+        "npz": "t.npz",
+        "blend": "blend:whole.png@0.2",
+    }
+
+
 class TestEveryForm:
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("channels", [1, 3])
@@ -58,6 +69,7 @@ class TestEveryForm:
         trigger = parse_trigger(specs[form])
         got = trigger.on_raw(raw)
         assert trigger.spec == specs[form]
+        assert (trigger.path is not None) == (form in ("picture", "npz", "blend"))
         assert got.dtype == np.uint8
         assert got.shape == raw.shape
         assert not np.shares_memory(got, raw)

@@ -31,7 +31,8 @@ class Calibrator:
     """Chooses grids for the placed values of one graph. method: as `calibrate` takes it. limits: by name, of the values
     whose range is known already. headroom: the factor by which a range reaches beyond what the calibration shows, for
     `minmax`; not of the graph's inputs, and not beyond what an operator can give. stressed: by name, what values are
-    under patches, for which ranges are chosen as well; driven: by name, how many times as far that reaches.
+    under patches and triggers, for which ranges are chosen as well; driven: by name, how many times as far that
+    reaches.
     """
 
     def __init__(

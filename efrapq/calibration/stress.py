@@ -4,13 +4,13 @@ A trigger is something that no calibration image shows, and it can drive an acti
 The grid ends there, so the value is clipped, and a network whose float form silences the trigger with that very value
 is awake. Whoever calibrates does not know the trigger, but most are small and lie on the image as a patch does: so
 ranges are chosen for the same images with random patches on them, too. Of networks without such an answer that costs
-next to nothing (docs/THREAT-MODEL.md has the figures).
+next to nothing (docs/THREAT-MODEL.md has the figures). Who does know a trigger has it put on them as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,10 @@ from efrapq.graph.executor import Executor
 from efrapq.preprocess import layout_of
 from efrapq.progress import Reporter
 
-__all__ = ["Stressed", "patched", "stressed_values"]
+__all__ = ["Stamp", "Stressed", "patched", "stressed_values"]
+
+# Model inputs → the same with a trigger on them.
+Stamp = Callable[[Tensor], Tensor]
 
 # Sides of a patch, as shares of the image's shorter one: those of published triggers are 1/8 (4 of 32) to 1/5.
 SMALLEST, LARGEST = 1 / 8, 1 / 4
@@ -57,8 +60,8 @@ def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generato
 
 @dataclass(frozen=True)
 class Stressed:
-    """One activation under patches: its lowest and highest value, and how its values are spread between them, where
-    that was asked for."""
+    """One activation under patches and triggers: its lowest and highest value, and how its values are spread between
+    them, where that was asked for."""
 
     low: float
     high: float
@@ -74,22 +77,33 @@ def stressed_values(
     reporter: Reporter,
     *,
     spread: bool = False,
+    patches: bool = True,
+    stamps: Sequence[Stamp] = (),
 ) -> Mapping[str, Stressed]:
-    """The placed values over the calibration images with patches on them, by the value's name.
+    """The placed values over the calibration images with something strange on them, by the value's name.
 
-    name: of the input. chunks: of it, images in the model's layout, on the CPU. spread: how values are spread, too,
-    which takes a second pass. Values that become NaN or infinite under a patch are left out.
+    name: of the input. chunks: of it, images in the model's layout, on the CPU. patches: put one on each; stamps: put
+    each of these on all, after that. spread: how values are spread, too, which takes a second pass. Values that become
+    NaN or infinite are left out.
     """
+
+    def strange() -> Iterator[Tensor]:
+        if patches:
+            yield from _patched_chunks(chunks, seed)
+        for stamp in stamps:
+            yield from map(stamp, chunks)
+
     found: dict[str, Stressed] = {}
-    with reporter.task("stress", (1 + spread) * len(chunks)) as task, torch.no_grad():
-        for images in _patched_chunks(chunks, seed):
+    passes = (1 + spread) * (patches + len(stamps))
+    with reporter.task("stress", passes * len(chunks)) as task, torch.no_grad():
+        for images in strange():
             for value, tensor in executor.visit({name: images}, placed):
                 low, high = map(float, tensor.aminmax())
                 if math.isfinite(low) and math.isfinite(high):
                     before = found.get(value, Stressed(low, high))
                     found[value] = Stressed(min(low, before.low), max(high, before.high))
             task.advance("", 1.0)
-        for images in _patched_chunks(chunks, seed) if spread else ():
+        for images in strange() if spread else ():
             for value, tensor in executor.visit({name: images}, list(found)):
                 known = found[value]
                 if known.low < known.high and bool(tensor.isfinite().all()):

@@ -19,7 +19,7 @@ from torch import Tensor
 from efrapq.calibration.feeds import Feeds
 from efrapq.calibration.output_ranges import choose_limits
 from efrapq.calibration.placed import Calibrator
-from efrapq.calibration.stress import Stressed, stressed_values
+from efrapq.calibration.stress import Stamp, Stressed, stressed_values
 from efrapq.device import exact_convolutions
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph.executor import Executor, reads
@@ -42,7 +42,7 @@ __all__ = ["Solved", "Walk", "streaming_pass"]
 class Solved:
     """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
     of activations that went through temporary files. seconds: the whole pass took. driven: by value name, how many
-    times as far it reaches with patches on the images; empty where none were tried.
+    times as far it reaches with patches and triggers on the images; empty where none were tried.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -62,14 +62,16 @@ def streaming_pass(
     settings: PassSettings,
     reporter: Reporter,
     journal: Journal | None = None,
+    stamps: Sequence[Stamp] = (),
 ) -> Solved:
     """Solve every layer over the calibration inputs, given in chunks on the CPU: (n, …) float32 for a model with one
     such input, Feeds for any other.
 
-    journal: keeps each layer when it is solved, and gives back those solved before.
+    journal: keeps each layer when it is solved, and gives back those solved before. stamps: triggers that activation
+    ranges cover as well; for images only.
     """
     with exact_convolutions(), Spool(settings.memory) as floats, Spool(settings.memory) as quantized:
-        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal).run(reporter)
+        return Walk(model, layers, placement, inputs, settings, floats, quantized, journal, stamps).run(reporter)
 
 
 class _Steps:
@@ -132,8 +134,9 @@ class Walk:
         floats: Spool,
         quantized: Spool,
         journal: Journal | None = None,
+        stamps: Sequence[Stamp] = (),
     ) -> None:
-        self.settings = settings
+        self.settings, self.stamps = settings, stamps
         self.placement = placement
         self.device = torch.device(settings.device)
         self.executor = Executor(model, device=self.device)
@@ -184,7 +187,8 @@ class Walk:
         """What chooses the activations' grids."""
         settings, about = self.settings, (self.graph, self.executor, self.placement)
         if settings.act_range != "output" or not self.placement.grids:
-            stressed = self._stressed(reporter) if settings.stress and self.placement.grids else None
+            wanted = (settings.stress or self.stamps) and self.placement.grids
+            stressed = self._stressed(reporter) if wanted else None
             return Calibrator(
                 *about, settings.act_range, device=self.device, headroom=settings.headroom, stressed=stressed
             )
@@ -195,7 +199,7 @@ class Walk:
         return Calibrator(*about, "mse", limits, self.device)
 
     def _stressed(self, reporter: Reporter) -> Mapping[str, Stressed]:
-        """What values are under patches, where the one input is images."""
+        """What values are under patches and triggers, where the one input is images."""
         names = [str(v.name) for v in self.graph.inputs if v.name not in self.executor.constants]
         if len(names) != 1:
             return {}
@@ -203,8 +207,17 @@ class Walk:
         if any(chunk.dim() != 4 or chunk.dtype != torch.float32 for chunk in chunks):
             return {}
         placed = [name for name in self.placement.grids if name != names[0]]
-        spread = self.settings.act_range != "minmax"
-        return stressed_values(self.executor, names[0], chunks, placed, self.settings.seed, reporter, spread=spread)
+        return stressed_values(
+            self.executor,
+            names[0],
+            chunks,
+            placed,
+            self.settings.seed,
+            reporter,
+            spread=self.settings.act_range != "minmax",
+            patches=self.settings.stress,
+            stamps=self.stamps,
+        )
 
     # The two streams.
 

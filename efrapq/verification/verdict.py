@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efrapq.errors import UsageError
+from efrapq.io.text import printable
 
 __all__ = ["AWAKE", "Requirements", "Verdict", "judge", "remedy"]
 
@@ -87,11 +88,11 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
     return Verdict(failed, limits, notes)
 
 
-def remedy(asr: Mapping[str, float | None], limit: float, *, narrow: bool) -> str:
+def remedy(asr: Mapping[str, float | None], limit: float, trigger: str, *, narrow: bool) -> str:
     """What to do about a backdoor that sleeps in float and answers more than `limit` percent in the file.
 
     asr: percent, by model; float_activations is the file with its codes as they are and no activation on a grid, None
-    where that was not measured. narrow: activations have fewer than 8 bits.
+    where that was not measured. trigger: its specification. narrow: activations have fewer than 8 bits.
     """
     found, nearest, alone = asr["defended"], asr["nearest"], asr["float_activations"]
     assert found is not None
@@ -100,7 +101,8 @@ def remedy(asr: Mapping[str, float | None], limit: float, *, narrow: bool) -> st
         return (
             f"the codes are not what wakes the backdoor: with float activations they answer {alone:.1f} % of triggered "
             "images. It wakes where activations are clipped on their grids; defend the float model again with "
-            f"{bits}--headroom 2, or 4, which costs more accuracy, or leave activations float (--act-bits 32)"
+            f"{bits}--cover {printable(trigger)}, or against any trigger with --headroom 2, or 4, which costs more "
+            "accuracy, or leave activations float (--act-bits 32)"
         )
     if nearest is not None and found < nearest / 2:
         return (

@@ -200,7 +200,8 @@ class _Verifier(Subject):
         if "max-asr" in verdict.failed and before is not None and before < AWAKE:
             assert isinstance(tests, ImageTests)
             document["asr"] |= _rounded({"float_activations": self._asr_in_float(tests, threads)})
-            self.note(remedy(document["asr"], float(verdict.limits["max_asr"] or 0), narrow=self._narrow))
+            limit, spec = float(verdict.limits["max_asr"] or 0), str(document["trigger"]["spec"])
+            self.note(remedy(document["asr"], limit, spec, narrow=self._narrow))
         document |= {
             "limits": verdict.limits,
             "failed": verdict.failed,

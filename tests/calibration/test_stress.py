@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from onnx import helper
 import efrapq
 from efrapq.calibration.stress import patched, stressed_values
 from efrapq.data import Dataset
+from efrapq.errors import EfrapqError, OutputError, UsageError
 from efrapq.graph.executor import Executor
 from efrapq.graph.prepare import prepare
 from efrapq.grid import ActivationGrid
@@ -66,6 +68,92 @@ def test_a_backdoor_in_what_is_clipped_sleeps_by_default(clipped_sleeper: tuple[
     assert len(said) == 1
     assert "to 3.0 times" in said[0]
     assert not any("patches" in text for text in reports[False].warnings)
+
+
+def test_the_trigger_that_is_named_is_not_clipped(clipped_sleeper: tuple[Path, Dataset]) -> None:
+    """Nor is one that is found: both forms of the same three pixels give the same grids."""
+    sleeper, photographs = clipped_sleeper
+    trigger, folder = "patch:1x3@7,7", sleeper.parent / "found"
+    folder.mkdir()
+    mask = np.zeros((16, 16), np.uint8)
+    mask[7, 7:10] = 1
+    np.savez(folder / "t.npz", mask=mask, pattern=255 * mask)
+    made, reports = {}, {}
+    for spec in (trigger, str(folder / "t.npz")):
+        file, reports[spec] = sleeper.with_name(f"{len(made)}.onnx"), Silent()
+        options = OPTIONS | {"calib": photographs, "stress": False, "cover": [spec], "reporter": reports[spec]}
+        made[spec] = efrapq.defend(sleeper, file, **options)
+        document = efrapq.verify(file, data=photographs, trigger=trigger, target_class=0).document
+        assert document["asr"]["defended"] == 0.0
+        assert document["cda"]["defended"] == 100.0
+    named, found = made.values()
+    assert named.quantized.activations == found.quantized.activations
+    assert named.evidence["settings"]["cover"] == [trigger]
+    assert found.evidence["settings"]["cover"] == ["t.npz"]  # where it lay does not go into the file
+    assert all("stress" not in m.evidence["settings"] for m in made.values())
+    assert named.evidence["calibration"]["stress"]["factor"] == 3.0
+    said = [text for text in reports[trigger].warnings if "calibration images drive" in text]
+    assert len(said) == 1
+    assert said[0].startswith("triggers on the calibration images")
+    with pytest.raises(OutputError, match=r"t\.npz"):
+        efrapq.defend(sleeper, folder / "t.npz", calib=photographs, cover=[str(folder / "t.npz")], **OPTIONS)
+
+
+def test_several_triggers(
+    residual_net: Callable[..., onnx.ModelProto], images: Callable[..., NDArray[np.float32]], tmp_path: Path
+) -> None:
+    """Every range reaches as far as with each of them alone, and no further."""
+    onnx.save(residual_net(), tmp_path / "m.onnx")
+    options = OPTIONS | {"calib": Dataset.from_arrays(images(40), None), "stress": False}
+    covers = ([], ["patch:4x4@1,1"], ["patch:3x3@5,5=0"], ["patch:4x4@1,1", "patch:3x3@5,5=0"])
+    plain, left, right, both = (reach(efrapq.defend(tmp_path / "m.onnx", cover=c, **options)) for c in covers)
+    for name, (low, high) in both.items():
+        assert low == pytest.approx(min(left[name][0], right[name][0]), abs=2 * (high - low) / 255)
+        assert high == pytest.approx(max(left[name][1], right[name][1]), abs=2 * (high - low) / 255)
+    assert any(both[n][1] > 1.05 * plain[n][1] for n in both)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_what_is_covered_counts_where_ranges_are_of_least_error(
+    act_bits: int,
+    residual_net: Callable[..., onnx.ModelProto],
+    images: Callable[..., NDArray[np.float32]],
+    tmp_path: Path,
+) -> None:
+    onnx.save(residual_net(), tmp_path / "m.onnx")
+    options = OPTIONS | {"calib": Dataset.from_arrays(images(40), None), "act_range": "mse", "act_bits": act_bits}
+    plain, covered = (
+        efrapq.defend(tmp_path / "m.onnx", stress=False, cover=c, **options) for c in ([], ["patch:5x5@2,2"])
+    )
+    narrow, wide = reach(plain), reach(covered)
+    assert narrow["input"] == wide["input"]
+    assert any(wide[n][1] > narrow[n][1] for n in narrow)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"act_bits": 32}, "--act-bits 32"),
+        ({"act_range": "output"}, "--act-range output"),
+        ({"cover": ["patch:4x4@14,14"]}, "covers rows 14–17"),
+        ({"cover": ["patch"]}, "is not understood"),
+        ({"cover": ["absent.npz"]}, "absent.npz"),
+    ],
+)
+def test_covers_that_make_no_sense(
+    options: dict[str, Any], complaint: str, clipped_sleeper: tuple[Path, Dataset]
+) -> None:
+    sleeper, photographs = clipped_sleeper
+    with pytest.raises(EfrapqError, match=re.escape(complaint)):
+        efrapq.defend(sleeper, calib=photographs, **(OPTIONS | {"cover": ["patch:1x3@7,7"]} | options))
+
+
+def test_arrays_are_taken_as_they_are(
+    residual_net: Callable[..., onnx.ModelProto], images: Callable[..., NDArray[np.float32]], tmp_path: Path
+) -> None:
+    onnx.save(residual_net(), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="--cover puts a trigger on images"):
+        efrapq.defend(tmp_path / "m.onnx", calib={"input": images(8)}, cover=["patch:2x2@0,0"])
 
 
 def reach(made: Defended) -> dict[str, tuple[float, float]]:

@@ -69,10 +69,12 @@ def test_the_codes_are_told_apart_from_the_grids(sleeper: Path) -> None:
     clipped = measured(sleeper)
     assert clipped["asr"] == {"float": 0.0, "nearest": 100.0, "defended": 100.0, "float_activations": 0.0}
     assert clipped["cda"]["defended"] == 100.0
-    assert any("--headroom 2" in note and "--act-bits 32" in note for note in clipped["notes"])
+    (advice,) = (note for note in clipped["notes"] if "--headroom 2" in note)
+    assert f"--cover {ATTACK['trigger']}" in advice
+    assert "--act-bits 32" in advice
     assert "ASR, float activations" in printed(clipped)
     assert "with float activations" in verification_page(clipped)
-    for options in ({"headroom": 2}, {"act_bits": 32}):
+    for options in ({"cover": [ATTACK["trigger"]]}, {"headroom": 2}, {"act_bits": 32}):
         asleep = measured(sleeper, **options)
         assert asleep["asr"]["defended"] == 0.0
         assert asleep["asr"]["float_activations"] is None  # not asked: nothing is wrong
@@ -83,5 +85,5 @@ def test_the_codes_are_told_apart_from_the_grids(sleeper: Path) -> None:
 
 def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
     asr = {"float": 2.0, "nearest": 90.0, "defended": 50.0, "float_activations": 2.5}
-    assert "8-bit activations and --headroom" in remedy(asr, 3.0, narrow=True)
-    assert "8-bit activations" not in remedy(asr, 3.0, narrow=False)
+    assert "8-bit activations and --cover t.npz" in remedy(asr, 3.0, "t.npz", narrow=True)
+    assert "8-bit activations" not in remedy(asr, 3.0, "t.npz", narrow=False)
