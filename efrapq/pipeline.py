@@ -142,15 +142,15 @@ def defend(
     device = resolve_device(device)
     target = target or native_target(platform.machine(), describe_cpu()[1])
     profile(target)
-    named = isinstance(model, str | Path)
-    inputs = ([Path(model)] if named else []) + [t.path for t in triggers if t.path is not None]
+    inputs = [Path(model)] if isinstance(model, str | Path) else []
+    inputs += [t.path for t in triggers if t.path is not None]
     evidence_path = None
     if output is not None:
         output, evidence_path = _outputs(output, [*inputs, *_files(calib)])
     elif resume:
         raise UsageError("--resume needs an output: the run's layers are kept beside it")
     require_there(calib)
-    own_network = not named or (arch is not None and ":" in arch)
+    own_network = not isinstance(model, str | Path) or (arch is not None and ":" in arch)
     if own_network and input_shape is None and calib is not None and not isinstance(calib, Mapping):
         input_shape = _sample_shape(calib, preprocess)
     source = load(model, arch=arch, input_shape=input_shape, trust_pickle=trust_pickle)
