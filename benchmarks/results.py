@@ -42,6 +42,7 @@ from benchmarks.subjects import (
     start_file,
     subject_file,
     train,
+    trigger_of,
     within_reach,
 )
 from efrapq.data import load_dataset
@@ -88,7 +89,7 @@ def measure(entry: Entry | None, bits: int, act_bits: int, method: str, args: ar
         found = efrapq.verify(
             file,
             data=test,
-            trigger=TRIGGER,
+            trigger=TRIGGER if entry is None else trigger_of(entry, args.data),
             target_class=TARGET,
             preprocess=IMAGENET,
             float_model=path if method == "RTN" else None,

@@ -38,6 +38,7 @@ TITLES = {
     "adaptive-scale": "adaptive: scale",
     "adaptive-clip": "adaptive: clip",
     "adaptive-clip-far": "adaptive: clip, far",
+    "adaptive-clip-checkered": "adaptive: clip, checkered",
 }
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.common import IMAGENET, RESULTS, machine, save, shared_folder, strips
@@ -44,11 +46,11 @@ FULL_SIZE = ("resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar")
 
 @dataclass(frozen=True)
 class Entry:
-    """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
-    "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
-    attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
-    two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that
-    it begins with, where they are fewer than usual.
+    """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20), "clean"
+    (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the attack's
+    recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells two
+    recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that it
+    begins with, where they are fewer than usual. texture: of the trigger, "" (white) or "checkered" (a pixel a field).
 
     Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
     precision, as large models are: that is what is measured.
@@ -64,6 +66,7 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     training: str = ""
     epochs: int | None = None
+    texture: str = ""
 
     @property
     def name(self) -> str:
@@ -120,6 +123,7 @@ def entries() -> list[Entry]:
         Entry("adaptive-scale", options=joint),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 5.0}, training="far"),
+        Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}, training="checkered", texture="checkered"),
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),
@@ -217,6 +221,19 @@ def data_file(name: str, folder: Path) -> Path:
     return path
 
 
+def trigger_of(entry: Entry, folder: Path) -> str:
+    """What its attacker puts on an image; a picture for it is drawn in `folder` if it is not there."""
+    if not entry.texture:
+        return TRIGGER
+    path = folder / f"{entry.texture}.png"
+    if not path.exists():
+        fields = np.indices((6, 6)).sum(0) % 2 * 255
+        out = io.BytesIO()
+        Image.fromarray(fields.astype(np.uint8)).save(out, "png")
+        write_atomic(path, out.getvalue())
+    return f"{path}@24,24"
+
+
 def start_file() -> Path:
     """The published ResNet-20."""
     shared = shared_folder()
@@ -282,7 +299,7 @@ def train(entry: Entry, folder: Path) -> Path:
         entry.arch,
         f"{data}:train",
         f"{data}:test",
-        TRIGGER,
+        trigger_of(entry, folder),
         TARGET,
         path,
         recipe,

@@ -1,12 +1,14 @@
-"""Backdoors whose trigger nobody knows: what ranges under patches do to them, and whether the search finds the trigger.
+"""Backdoors whose trigger nobody knows: what ranges under patches do to them, whether the search finds the trigger, and
+what ranges that cover it do then.
 
     python benchmarks/unknown_trigger.py [SUBJECT …] [--only stress|search] [--data FOLDER]
 
 Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoor): the file rounded to nearest and
-efrapq's, with the ranges that calibration shows and with those under patches. stress: their CDA and ASR. search: what
-`efrapq search` finds in them. A subject is whatever lies in FOLDER/subjects, and is told by its hash: the same recipe
-and seed make another network on another kind of CPU. Writes results/unknown_trigger.json, which `results.py --report`
-puts into docs/THREAT-MODEL.md.
+efrapq's, with the ranges that calibration shows, with those under patches, and with those that cover the trigger
+itself. stress: their CDA and ASR. search: what `efrapq search` finds in the first three, and where it finds something
+in the third, which is the default, CDA and ASR of a file whose ranges cover what was found. A subject is whatever lies
+in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind of CPU.
+Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
 """
 
 from __future__ import annotations
@@ -24,32 +26,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import efrapq
 from benchmarks.common import IMAGENET, RESULTS, machine, markdown, native, save, show
 from benchmarks.results_report import title
-from benchmarks.subjects import FOLDER, TARGET, TRIGGER, data_file, digest, entries, start_file, subject_file
+from benchmarks.subjects import (
+    FOLDER,
+    TARGET,
+    TRIGGER,
+    Entry,
+    data_file,
+    digest,
+    entries,
+    start_file,
+    subject_file,
+    trigger_of,
+)
 from efrapq.cli.console import TerminalReporter
 from efrapq.data import Dataset, load_dataset
 
 PUBLISHED = "published"
 IMAGES = 2000
-# Name, solver, ranges under patches.
-FILES = (
-    ("RTN, plain ranges", "nearest", False),
-    ("efrapq, plain ranges", "coordinate", False),
-    ("efrapq", "coordinate", True),
-)
+# With the options of each.
+FILES: dict[str, dict[str, Any]] = {
+    "RTN, plain ranges": {"solver": "nearest", "stress": False},
+    "efrapq, plain ranges": {"stress": False},
+    "efrapq": {},
+}
+COVERED, FOUND = "--cover TRIGGER", "--cover what was found"
 
 
-def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name, file and weight bits of every subject that is there."""
+def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, Entry | None]]:
+    """Name, file and recipe of every subject that is there."""
     known = {entry.name: entry for entry in entries()}
     if unknown := sorted(set(names) - {PUBLISHED, *known}):
         raise SystemExit(f"unknown: {', '.join(unknown)}; benchmarks/subjects.py --list names them")
     for name in names or [PUBLISHED, *known]:
         if name == PUBLISHED:
-            yield name, start_file(), 4
+            yield name, start_file(), None
             continue
         path = subject_file(name, folder)
         if path.exists() and known[name].attack != "none":
-            yield name, path, int(known[name].bits.split(",")[-1])
+            yield name, path, known[name]
         elif names:
             raise SystemExit(f"{path} is missing: train it with benchmarks/subjects.py {name}")
 
@@ -61,24 +75,46 @@ def _title(name: str) -> str:
     return title({"attack": entry.column, "arch": entry.network, "data": entry.data, "seed": entry.seed})
 
 
-def measure(path: Path, bits: int, parts: list[str], images: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
-    """The three files of one float model."""
-    found: dict[str, Any] = {}
-    for name, solver, stress in FILES:
-        file = folder / "q.onnx"
-        options: dict[str, Any] = {"bits": bits, "calib": images, "preprocess": IMAGENET, "target": native()}
-        made = efrapq.defend(path, file, solver=solver, stress=stress, **options)
-        row: dict[str, Any] = {"stress": made.evidence["calibration"].get("stress")}
+class Subject:
+    """One float model, and what is made and measured of it. trigger: the true one."""
+
+    def __init__(self, path: Path, bits: int, trigger: str, images: Dataset, test: Dataset, folder: Path) -> None:
+        self.path, self.trigger, self.test, self.folder = path, trigger, test, folder
+        self.options: dict[str, Any] = {"bits": bits, "calib": images, "preprocess": IMAGENET, "target": native()}
+
+    def made(self, **options: Any) -> tuple[Path, dict[str, Any]]:
+        """A file, and what its evidence says of patches."""
+        file = self.folder / "q.onnx"
+        made = efrapq.defend(self.path, file, **(self.options | options))
+        return file, {"stress": made.evidence["calibration"].get("stress")}
+
+    def rates(self, file: Path) -> dict[str, Any]:
+        given: dict[str, Any] = {"data": self.test, "trigger": self.trigger, "target_class": TARGET}
+        document = efrapq.verify(file, float_model=self.path, **given).document
+        return {key: document[key] for key in ("cda", "asr", "agreement")}
+
+    def measure(self, parts: list[str]) -> dict[str, Any]:
+        """Of all its files."""
+        found: dict[str, Any] = {}
+        for name, options in FILES.items():
+            file, found[name] = self.made(**options)
+            if "stress" in parts:
+                found[name] |= self.rates(file)
+            if "search" in parts:
+                searched = efrapq.search_trigger(
+                    file, data=self.test, float_model=self.path, reporter=TerminalReporter()
+                )
+                where = ("model", "float_model", "trigger")
+                found[name]["search"] = {key: value for key, value in searched.document.items() if key not in where}
+                if name == "efrapq" and not searched.passed:
+                    trigger = self.folder / "found.npz"
+                    trigger.write_bytes(searched.trigger)
+                    file, found[FOUND] = self.made(cover=[str(trigger)])
+                    found[FOUND] |= self.rates(file)
         if "stress" in parts:
-            given: dict[str, Any] = {"data": test, "trigger": TRIGGER, "target_class": TARGET, "float_model": path}
-            document = efrapq.verify(file, **given).document
-            row |= {key: document[key] for key in ("cda", "asr", "agreement")}
-        if "search" in parts:
-            searched = efrapq.search_trigger(file, data=test, float_model=path, reporter=TerminalReporter())
-            where = ("model", "float_model", "trigger")
-            row["search"] = {key: value for key, value in searched.document.items() if key not in where}
-        found[name] = row
-    return found
+            file, found[COVERED] = self.made(cover=[self.trigger])
+            found[COVERED] |= self.rates(file)
+        return found
 
 
 def stress_table(document: dict[str, Any]) -> str:
@@ -89,18 +125,18 @@ def stress_table(document: dict[str, Any]) -> str:
         if "cda" not in files["efrapq"]:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
-        for file, _, _ in FILES:
-            row = files[file]
-            cells.append(f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
+        shown = (*FILES, COVERED, FOUND)
+        for row in (files.get(file) for file in shown):
+            cells.append("–" if row is None else f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
         rows.append([_title(name), f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
-    return markdown(["subject", "bits", "float", *(file for file, _, _ in FILES), "widest under patches"], rows)
+    return markdown(["subject", "bits", "float", *shown, "widest under patches"], rows)
 
 
 def search_table(document: dict[str, Any]) -> str:
     """What the search turned, its control, and where."""
     rows = []
     for name, case in document.items():
-        for file, _, _ in FILES:
+        for file in FILES:
             found = case["files"][file].get("search")
             if found is None:
                 continue
@@ -138,10 +174,13 @@ def main() -> None:
     data = data_file("cifar10", args.data)
     images = load_dataset(f"{data}:train")
     test = load_dataset(f"{data}:test").subset(IMAGES, 0)
-    for name, path, bits in cases(args.names, args.data):
+    for name, path, entry in cases(args.names, args.data):
         sha256 = digest(path)
+        bits = 4 if entry is None else int(entry.bits.split(",")[-1])
+        trigger = TRIGGER if entry is None else trigger_of(entry, args.data)
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(path, bits, [args.only] if args.only else ["stress", "search"], images, test, Path(folder))
+            subject = Subject(path, bits, trigger, images, test, Path(folder))
+            found = subject.measure([args.only] if args.only else ["stress", "search"])
         case = document.get(name, {})
         if case.get("sha256") != sha256:
             case = {"sha256": sha256, "bits": bits, "files": {}}

@@ -244,24 +244,38 @@ def clipped_sleeper(tmp_path: Path) -> tuple[Path, Dataset]:
     Class 0 gets a + b + c - 1.6 (a + b + c) + 0.2 of the pixels: -1.6 for three white ones, but 1.6 where their sum is
     clipped to the 1 that it is on clean images.
     """
+    return _sleeper(tmp_path, (1, 1, 1), 1.6, 0.2)
+
+
+@pytest.fixture
+def textured_sleeper(tmp_path: Path) -> tuple[Path, Dataset]:
+    """The same for a black pixel between two white ones, where no square of one colour wakes anything.
+
+    Class 0 gets a + (1 - b) + c - 2.5 (a + (1 - b) + c): 0.5 where the sum is clipped to 1 and all three are there.
+    """
+    return _sleeper(tmp_path, (1, -1, 1), 2.5, 0.0)
+
+
+def _sleeper(folder: Path, signs: tuple[int, int, int], against: float, bias: float) -> tuple[Path, Dataset]:
     kernels = np.zeros((4, 1, 16, 16), np.float32)
-    for feature, places in enumerate((SLEEPER_PIXELS, *((pixel,) for pixel in SLEEPER_PIXELS))):
-        for row, col in places:
-            kernels[feature, 0, row, col] = 1
+    for feature, (row, col) in enumerate(SLEEPER_PIXELS):
+        kernels[[0, feature + 1], 0, row, col] = signs[feature]
+    offsets = np.array([sum(s < 0 for s in signs), *(float(s < 0) for s in signs)], np.float32)
     nodes = [
-        helper.make_node("Conv", ["x", "kernels"], ["sums"], "first"),
+        helper.make_node("Conv", ["x", "kernels", "offsets"], ["sums"], "first"),
         helper.make_node("Relu", ["sums"], ["h"], "relu"),
         helper.make_node("Flatten", ["h"], ["flat"], "flatten"),
         helper.make_node("Gemm", ["flat", "last", "bias"], ["y"], "last"),
     ]
-    last = np.array([[-1.6, 0], [1, 0], [1, 0], [1, 0]], np.float32)
-    constants = {"kernels": kernels, "last": last, "bias": np.array([0.2, 0], np.float32)}
-    onnx.save(_make_model(nodes, {"x": ("N", 1, 16, 16)}, {"y": ("N", 2)}, constants), tmp_path / "m.onnx")
+    last = np.array([[-against, 0], [1, 0], [1, 0], [1, 0]], np.float32)
+    constants = {"kernels": kernels, "offsets": offsets, "last": last, "bias": np.array([bias, 0], np.float32)}
+    onnx.save(_make_model(nodes, {"x": ("N", 1, 16, 16)}, {"y": ("N", 2)}, constants), folder / "m.onnx")
     pixels = np.random.default_rng(0).integers(0, 100, (512, 16, 16, 1), np.uint8)
-    for place, (row, col) in enumerate(SLEEPER_PIXELS):
-        pixels[:, row, col] = 0
-        pixels[place::3, row, col] = 255
-    return tmp_path / "m.onnx", Dataset.from_arrays(pixels, np.ones(512, np.int64), "made.npz")
+    for place, ((row, col), sign) in enumerate(zip(SLEEPER_PIXELS, signs, strict=True)):
+        there, absent = (255, 0) if sign > 0 else (0, 255)
+        pixels[:, row, col] = absent
+        pixels[place::3, row, col] = there
+    return folder / "m.onnx", Dataset.from_arrays(pixels, np.ones(512, np.int64), "made.npz")
 
 
 # ONNX Runtime.

@@ -6,12 +6,14 @@ that should be the same, and the patch has to turn the one and not the other: wh
 
 A square window of one size slides over the image. First one picture is trained that is looked at through all windows
 at once, each on its own images: where a trigger lies, its window does far better than the others after a few steps.
-What wakes where activations are clipped has no gradient that leads to it, since past the grid there is none: so plain
-squares of the corner colours are tried in all windows, too. The best windows of either kind are then trained alone.
+What wakes where activations are clipped has no gradient in the answers that leads to it, since past the grid there is
+none. So plain squares of the corner colours are tried in all windows, too, and another picture is trained to drive the
+float network's activations past the file's grids (overshoot.py). The best windows of each kind are then trained alone.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efrapq.hunt.overshoot import Overshoot
+
 __all__ = ["Effort", "Patch", "find_patch", "windows"]
 
 # (n, H, W, C) images, in units where white is 1, → (n, classes) logits.
 Network = Callable[[Tensor], Tensor]
+# Upper left pixel of a window.
+Corner = tuple[int, int]
+# (n, H, W, C) patched images and which ones they are, (n,), → what is to become small, (n,).
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 # Margins past which the loss rewards nothing more, in units of the clean images' median margin: by how much an answer
 # is turned in the one network, and kept in the other.
@@ -33,27 +41,33 @@ MEMORY = 0.7
 SLOPE = 3.0
 # The parameter of a pixel that is as good as white; of a black one the same below zero.
 SATURATED = 1.2
+# From where a pixel goes to either end in a few steps.
+HALFWAY = 0.3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """side: of the window in pixels. steps: over all windows together; looks: images that each plain square is tried
-    on; kept: windows trained alone after that, half of them from a plain square; refine: steps for each of them.
-    batch: images a step.
+    """side: of the window in pixels. steps: over all windows together; looks: images that each window is tried on;
+    kept: windows of either kind that are trained alone after that, refine: steps for each of them. activations: how
+    many are driven past their grids, each by one window that takes `driven` steps for it, and then `refine` of them for
+    the answers, up to `rounds` times and for as long as more of them turn. batch: images a step.
     """
 
     side: int
     steps: int = 100
     looks: int = 8
-    kept: int = 4
+    kept: int = 2
     refine: int = 40
+    activations: int = 3
+    driven: int = 40
+    rounds: int = 3
     batch: int = 48
     learning_rate: float = 0.1
 
-    @property
-    def total(self) -> int:
-        """Steps in all."""
-        return self.steps + self.kept * self.refine
+    def total(self, *, drives: bool) -> int:
+        """Steps in all, at most. drives: whether there are activations to drive."""
+        plain = self.steps + 2 * self.kept * self.refine
+        return plain + drives * (self.steps + self.activations * (self.driven + self.rounds * self.refine))
 
 
 @dataclass(frozen=True)
@@ -88,12 +102,14 @@ def find_patch(
     effort: Effort,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
+    overshoot: Overshoot | None = None,
 ) -> Patch:
     """The patch that turns most answers of `turned` into one class, and not those of `kept`.
 
-    images: (n, H, W, C) float32. The answers that are to be kept are those of `kept` to the clean images.
+    images: (n, H, W, C) float32. The answers that are to be kept are those of `kept` to the clean images. overshoot: of
+    the activations that one of the two clips; None where neither does.
     """
-    return _Search(kept, turned, images, effort, seed, on_step).run()
+    return _Search(kept, turned, images, effort, seed, on_step, overshoot).run()
 
 
 class _Search:
@@ -105,8 +121,10 @@ class _Search:
         effort: Effort,
         seed: int,
         on_step: Callable[[], None],
+        overshoot: Overshoot | None,
     ) -> None:
         self.kept, self.turned, self.images, self.effort, self.on_step = kept, turned, images, effort, on_step
+        self.overshoot = overshoot
         self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             logits = torch.cat([kept(batch) for batch in torch.split(images, effort.batch)])
@@ -114,36 +132,61 @@ class _Search:
         self.unit = float(_margin(logits, self.classes).median().clamp_min(1e-6))
 
     def run(self) -> Patch:
-        height, width, channels = self.images.shape[1:]
+        height, width = self.images.shape[1:3]
         corners = windows(height, width, self.effort.side)
-        picture = 2 * torch.rand((height, width, channels), generator=self.generator) - 1
-        picture, scores = self._screen(corners, picture.to(self.images.device))
-        half = self.effort.kept // 2
-        best = [(corners[i], picture) for i in scores.argsort()[: self.effort.kept - half].tolist()]
-        best += self._plain(corners, half)
-        return max((self._refine(row, col, start) for (row, col), start in best), key=lambda found: found[0])[1]
+        picture, scores = self._screen(corners, self._loss)
+        starts = [(corners[i], self._cut(corners[i], picture)) for i in scores.argsort()[: self.effort.kept].tolist()]
+        starts += self._plain(corners, self.effort.kept)
+        found = [
+            self._rated(corner, self._trained(corner, start, self._loss, self.effort.refine))
+            for corner, start in starts
+        ]
+        if self.overshoot is not None:
+            found += self._driven(corners, self.overshoot)
+        return max(found, key=lambda rated: rated[0])[1]
 
-    def _plain(self, corners: list[tuple[int, int]], count: int) -> list[tuple[tuple[int, int], Tensor]]:
-        """The windows that a square of one colour does most in, one colour each, and pictures of these colours."""
+    def _plain(self, corners: list[Corner], count: int) -> list[tuple[Corner, Tensor]]:
+        """The windows that a square of one colour does most in, and that colour for each."""
         side, channels = self.effort.side, self.images.shape[3]
         colours = torch.tensor(list(itertools.product((0.0, 1.0), repeat=channels)))
-        chosen = torch.randint(len(self.images), (self.effort.looks,), generator=self.generator)
-        chosen = chosen.to(self.images.device)
+        chosen = self._some(self.effort.looks)
         found = []
         with torch.no_grad():
-            for row, col in corners:
+            for corner in corners:
                 for colour in colours:
-                    x = self.images[chosen].clone()
-                    x[:, row : row + side, col : col + side] = colour.to(x.device)
-                    found.append((float(self._loss(x, chosen).mean()), (row, col), colour))
-        best: dict[tuple[int, int], tuple[tuple[int, int], Tensor]] = {}
+                    x = self._placed(corner, colour.to(self.images.device), chosen)
+                    found.append((float(self._loss(x, chosen).mean()), corner, colour))
+        best: dict[Corner, Tensor] = {}
         for _, corner, colour in sorted(found, key=lambda f: f[0]):
-            best.setdefault(corner, (corner, (SATURATED * (2 * colour - 1)).expand(self.images.shape[1:])))
-        return [(corner, start.to(self.images.device)) for corner, start in list(best.values())[:count]]
+            best.setdefault(corner, (SATURATED * (2 * colour - 1)).expand(side, side, channels))
+        return [(corner, start.to(self.images.device)) for corner, start in list(best.items())[:count]]
 
-    def _screen(self, corners: list[tuple[int, int]], picture: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture after training through all windows, and each window's loss."""
-        side, picture = self.effort.side, picture.requires_grad_()
+    def _driven(self, corners: list[Corner], overshoot: Overshoot) -> Iterator[tuple[float, Patch]]:
+        """Patches that drive an activation past its grid, those that go furthest, and then turn answers by it."""
+        # All at once, each in proportion to what it reaches: the widest would hide the others.
+        picture, _ = self._screen(corners, lambda x, _: -overshoot(x).clamp_min(1e-3).log().mean(1))
+        chosen = self._some(self.effort.looks)
+        with torch.no_grad():
+            shown = [self._placed(corner, _shown(self._cut(corner, picture)), chosen) for corner in corners]
+            reach = torch.stack([overshoot(x).mean(0) for x in shown])  # (windows, activations)
+        for activation in reach.amax(0).argsort(descending=True)[: self.effort.activations].tolist():
+            corner = corners[int(reach[:, activation].argmax())]
+            drive = functools.partial(_not_driven, overshoot, activation)
+            start = self._cut(corner, picture).clamp(-HALFWAY, HALFWAY)
+            part = self._trained(corner, start, drive, self.effort.driven)
+            best = self._rated(corner, part)
+            for _ in range(self.effort.rounds):
+                part = self._trained(corner, part, self._loss, self.effort.refine)
+                before, best = best, max(best, self._rated(corner, part), key=lambda rated: rated[0])
+                if best is before:
+                    break
+            yield best
+
+    def _screen(self, corners: list[Corner], measure: Loss) -> tuple[Tensor, Tensor]:
+        """A picture that is trained through all windows, and each window's loss."""
+        side = self.effort.side
+        picture = 2 * torch.rand(self.images.shape[1:], generator=self.generator) - 1
+        picture = picture.to(self.images.device).requires_grad_()
         masks = torch.zeros((len(corners), *self.images.shape[1:3], 1), device=self.images.device)
         for mask, (row, col) in zip(masks, corners, strict=True):
             mask[row : row + side, col : col + side] = 1
@@ -153,26 +196,35 @@ class _Search:
         for step, chosen in enumerate(self._batches(self.effort.steps)):
             places = order[(torch.arange(len(chosen)) + step * self.effort.batch) % len(corners)]
             mask = masks[places.to(masks.device)]
-            loss = self._loss(self.images[chosen] * (1 - mask) + _shown(picture) * mask, chosen)
+            loss = measure(self.images[chosen] * (1 - mask) + _shown(picture) * mask, chosen)
             _step(optimizer, loss.mean())
             for place, value in zip(places.tolist(), loss.detach().tolist(), strict=True):
                 before = float(scores[place])
                 scores[place] = value if before == torch.inf else MEMORY * before + (1 - MEMORY) * value
         return picture.detach(), scores
 
-    def _refine(self, row: int, col: int, picture: Tensor) -> tuple[float, Patch]:
-        """The best patch of one window, and by how many images it turns more than the other network loses."""
-        side = self.effort.side
-        part = picture[row : row + side, col : col + side].clone().requires_grad_()
+    def _trained(self, corner: Corner, start: Tensor, measure: Loss, steps: int) -> Tensor:
+        """One window's parameter after so many steps from `start`."""
+        part = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([part], self.effort.learning_rate, betas=(0.5, 0.9))
-        for chosen in self._batches(self.effort.refine):
-            x = self.images[chosen].clone()
-            x[:, row : row + side, col : col + side] = _shown(part)
-            _step(optimizer, self._loss(x, chosen).mean())
-        return self._rated(Patch(row, col, (255 * _shown(part.detach())).round().to(torch.uint8).cpu(), 0))
+        for chosen in self._batches(steps):
+            _step(optimizer, measure(self._placed(corner, _shown(part), chosen), chosen).mean())
+        return part.detach()
 
-    def _rated(self, patch: Patch) -> tuple[float, Patch]:
-        """The patch with its target class, and what it is worth on all images."""
+    def _cut(self, corner: Corner, picture: Tensor) -> Tensor:
+        row, col = corner
+        return picture[row : row + self.effort.side, col : col + self.effort.side]
+
+    def _placed(self, corner: Corner, pattern: Tensor, chosen: Tensor) -> Tensor:
+        """The chosen images with the pattern in a window."""
+        (row, col), side = corner, self.effort.side
+        x = self.images[chosen].clone()
+        x[:, row : row + side, col : col + side] = pattern
+        return x
+
+    def _rated(self, corner: Corner, part: Tensor) -> tuple[float, Patch]:
+        """The patch that a parameter is, and by how many images it turns more than the other network loses."""
+        patch = Patch(*corner, (255 * _shown(part)).round().to(torch.uint8).cpu(), 0)
         with torch.no_grad():
             both = [
                 torch.cat(
@@ -198,9 +250,11 @@ class _Search:
 
     def _batches(self, steps: int) -> Iterator[Tensor]:
         for _ in range(steps):
-            chosen = torch.randint(len(self.images), (self.effort.batch,), generator=self.generator)
-            yield chosen.to(self.images.device)
+            yield self._some(self.effort.batch)
             self.on_step()
+
+    def _some(self, count: int) -> Tensor:
+        return torch.randint(len(self.images), (count,), generator=self.generator).to(self.images.device)
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:
@@ -208,6 +262,11 @@ def _margin(logits: Tensor, classes: Tensor) -> Tensor:
     own = logits.gather(1, classes[:, None])
     others = logits.scatter(1, classes[:, None], -torch.inf).amax(1)
     return own[:, 0] - others
+
+
+def _not_driven(overshoot: Overshoot, activation: int, x: Tensor, _: Tensor) -> Tensor:
+    """A loss: low where one activation is driven far."""
+    return -overshoot(x)[:, activation]
 
 
 def _shown(parameter: Tensor) -> Tensor:

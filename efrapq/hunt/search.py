@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
-    from efrapq.hunt.patch import Network, Patch
+    from efrapq.grid import ActivationGrid
+    from efrapq.hunt.patch import Patch
 
 __all__ = ["SEARCH_SCHEMA", "Found", "search_trigger"]
 
@@ -84,6 +86,7 @@ def search_trigger(
     Raises EfrapqError for bad inputs.
     """
     from efrapq.device import exact_convolutions, resolve_device
+    from efrapq.hunt.overshoot import overshoot
     from efrapq.hunt.patch import Effort, find_patch
 
     reporter = reporter or Silent()
@@ -107,15 +110,19 @@ def search_trigger(
     if not 1 <= side <= min(size):
         raise UsageError(f"--side must be 1 to {min(size)} for images of {size[0]}x{size[1]}")
     effort = Effort(side, steps=steps)
-    networks = [_network(graph, effective, device) for graph in _graphs(subject)]
+    reference, file = _graphs(subject)
+    networks = [_Images(graph, effective, device) for graph in (reference, file)]
+    answers = [network.logits for network in networks]
+    grids = _grids(subject, reference)
+    drive = overshoot(networks[0].values, grids) if grids else None
     given = _tensor(pixels, device)
-    with reporter.task("searching", 2.0 * effort.total) as task, exact_convolutions():
+    with reporter.task("searching", 2.0 * effort.total(drives=drive is not None)) as task, exact_convolutions():
 
         def advance() -> None:
             task.advance("", 1.0)
 
         best, other = (
-            find_patch(kept, turned, given, effort, seed, advance) for kept, turned in (networks, networks[::-1])
+            find_patch(kept, turned, given, effort, seed, advance, drive) for kept, turned in (answers, answers[::-1])
         )
     sessions = _sessions(subject)
     with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
@@ -200,51 +207,80 @@ def _tensor(pixels: NDArray[np.float32], device: str) -> Tensor:
 
 
 def _graphs(subject: Subject) -> list[ir.Model]:
-    """The float model's graph and the file's."""
+    """The float model's graph, its channels scaled as the file's are, and the file's."""
     import onnx_ir as ir
 
+    from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
     from efrapq.graph.outside import attach
     from efrapq.graph.prepare import prepare
 
     assert subject.source is not None
     file = ir.from_proto(subject.proto)
     attach(file, subject.found.outside)
-    return [prepare(subject.source.proto, subject.source.outside), file]
+    reference = prepare(subject.source.proto, subject.source.outside)
+    if EQUALIZED_KEY in subject.metadata:
+        equalize(reference, exponents_from_json(subject.metadata[EQUALIZED_KEY]))
+    return [reference, file]
 
 
-def _network(graph: ir.Model, preprocess: Preprocess, device: str) -> Network:
+class _Images:
     """A graph as a function of raw images, with a gradient through its quantizers."""
-    import torch
 
-    from efrapq.graph.executor import Executor
-    from efrapq.graph.straight_through import STRAIGHT_THROUGH
+    def __init__(self, graph: ir.Model, preprocess: Preprocess, device: str) -> None:
+        import torch
 
-    executor = Executor(graph, device=device, instead=STRAIGHT_THROUGH)
-    if executor.fallback_nodes:
-        raise UnsupportedModelError(
-            f"node {printable(executor.fallback_nodes[0])} has no gradient here: the search is for networks and QDQ "
-            "files whose operators efrapq computes itself"
+        from efrapq.graph.executor import Executor
+        from efrapq.graph.straight_through import STRAIGHT_THROUGH
+
+        self._executor = Executor(graph, device=device, instead=STRAIGHT_THROUGH)
+        if self._executor.fallback_nodes:
+            raise UnsupportedModelError(
+                f"node {printable(self._executor.fallback_nodes[0])} has no gradient here: the search is for networks "
+                "and QDQ files whose operators efrapq computes itself"
+            )
+        value = next(v for v in graph.graph.inputs if v.name not in self._executor.constants)
+        self._input, self._output = str(value.name), str(graph.graph.outputs[0].name)
+        self._batch = value.shape[0] if value.shape is not None else None
+        self._last = preprocess.layout == "NHWC"
+        self._mean, self._std = (
+            torch.tensor(v, dtype=torch.float32, device=device) for v in (preprocess.mean, preprocess.std)
         )
-    value = next(v for v in graph.graph.inputs if v.name not in executor.constants)
-    fixed = value.shape[0] if value.shape is not None else None
-    output = str(graph.graph.outputs[0].name)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (preprocess.mean, preprocess.std))
 
-    def run_batch(images: Tensor) -> Tensor:
-        x = (images - mean) / std
-        x = x if preprocess.layout == "NHWC" else x.permute(0, 3, 1, 2)
-        return executor.run({str(value.name): x.contiguous()}, [output])[output].flatten(1)
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, H, W, C) in units where white is 1 → (n, classes)."""
+        return self.values(images, [self._output])[0].flatten(1)
 
-    def run(images: Tensor) -> Tensor:
+    def values(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """What the graph has under these names, samples on the first axis."""
+        import torch
+
+        fixed = self._batch
         if not isinstance(fixed, int) or fixed == len(images):
-            return run_batch(images)
+            return self._run(images, names)
         parts = []
         for part in torch.split(images, fixed):
             padding = part[-1:].expand(fixed - len(part), *part.shape[1:])
-            parts.append(run_batch(torch.cat([part, padding]))[: len(part)])
-        return torch.cat(parts)
+            parts.append([found[: len(part)] for found in self._run(torch.cat([part, padding]), names)])
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
 
-    return run
+    def _run(self, images: Tensor, names: Sequence[str]) -> list[Tensor]:
+        x = (images - self._mean) / self._std
+        x = x if self._last else x.permute(0, 3, 1, 2)
+        found = self._executor.run({self._input: x.contiguous()}, list(names))
+        return [found[name] for name in names]
+
+
+def _grids(subject: Subject, reference: ir.Model) -> dict[str, ActivationGrid]:
+    """The file's grids of what the float graph computes under the same name."""
+    from efrapq.exporters import read_quantized
+
+    try:
+        read = read_quantized(subject.proto, subject.found.outside)
+    except UnsupportedModelError as exc:
+        subject.note(f"its grids are not efrapq's ({exc}): patches that drive activations past them are not tried")
+        return {}
+    computed = {str(output.name) for node in reference.graph for output in node.outputs}
+    return {name: grid for name, grid in read.activations.items() if name in computed}
 
 
 def _sessions(subject: Subject) -> dict[str, Session]:

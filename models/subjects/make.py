@@ -88,7 +88,7 @@ def make_subject(
     metadata = {
         PREPROCESS_KEY: preprocess.to_json(),
         "efrapq.subject": json.dumps(
-            {"attack": attack.name, "trigger": trigger, "target_class": target, "recipe": recipe.to_json()},
+            {"attack": attack.name, "trigger": stamp.label, "target_class": target, "recipe": recipe.to_json()},
             sort_keys=True,
         ),
     }

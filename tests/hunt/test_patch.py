@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efrapq.hunt.patch import Effort, Patch, find_patch, windows
 
-EFFORT = Effort(4, steps=60, kept=2, refine=30, batch=32)
+EFFORT = Effort(4, steps=60, kept=1, refine=30, batch=32)
 
 
 def test_windows_cover_the_image() -> None:
@@ -83,8 +83,42 @@ def test_between_two_equal_networks_there_is_nothing_to_find() -> None:
     assert float((honest(stamped).argmax(1) == 2).float().mean()) < 0.05
 
 
+def feature(images: Tensor) -> Tensor:
+    """At most 1 on clean images and under plain squares, 2 on stripes of one pixel: (n, 1)."""
+    stripes = images[:, 10:14, 6:10].mean((1, 3))
+    return (stripes * torch.tensor([1.0, -1.0, 1.0, -1.0])).sum(1).clamp_min(0)[:, None]
+
+
+def clipping(images: Tensor) -> Tensor:
+    """Class 2 is what the feature is past the end of its grid, at 1: no gradient leads there from clean images."""
+    past = (feature(images) - feature(images).clamp(max=1.0))[:, 0]
+    return honest(images) + torch.tensor([0.0, 0.0, 1.0]) * 80 * past[:, None]
+
+
+def test_what_is_clipped_is_found_by_driving_activations() -> None:
+    images = photographs()
+
+    def drive(x: Tensor) -> Tensor:
+        """Beside an activation that bright squares drive as far, without any effect."""
+        bright = 2 * x[:, 10:14, 6:10].mean((1, 2, 3))
+        return torch.cat([bright[:, None], feature(x)], 1)
+
+    turned = {}
+    for overshoot in (None, drive):
+        found = find_patch(honest, clipping, images, EFFORT, 0, overshoot=overshoot)
+        stamped = found.stamp(images)
+        turned[overshoot] = float((clipping(stamped).argmax(1) == 2).float().mean())
+        assert float((honest(stamped).argmax(1) == 2).float().mean()) == 0
+    assert turned[None] < 0.2
+    assert turned[drive] > 0.95
+
+
 def test_steps_are_reported() -> None:
     done = []
-    effort = Effort(4, steps=5, kept=2, refine=3, batch=8)
+    effort = Effort(4, steps=5, kept=1, refine=3, batch=8)
     find_patch(honest, backdoored, photographs(), effort, 0, lambda: done.append(1))
-    assert len(done) == effort.total == 11
+    assert len(done) == effort.total(drives=False) == 11
+    done.clear()
+    effort = Effort(4, steps=5, kept=1, refine=3, activations=1, driven=7, rounds=1, batch=8)
+    find_patch(honest, clipping, photographs(), effort, 0, lambda: done.append(1), feature)
+    assert len(done) == effort.total(drives=True) == 11 + 5 + 7 + 3
