@@ -49,8 +49,9 @@ class Entry:
     """One subject. bits: as --bits of `efrapq implant`. start: what training begins with, "published" (ResNet-20),
     "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
     attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
-    two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that it
-    begins with, where they are fewer than usual. texture: of the trigger, "" (white) or "checkered" (a pixel a field).
+    two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that
+    it begins with, where they are fewer than usual. texture: of the trigger, "" (white) or "checkered" (a pixel a
+    field).
 
     Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
     precision, as large models are: that is what is measured.

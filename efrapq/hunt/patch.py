@@ -58,9 +58,9 @@ class Effort:
     looks: int = 8
     kept: int = 2
     refine: int = 40
-    activations: int = 3
+    activations: int = 2
     driven: int = 40
-    rounds: int = 3
+    rounds: int = 2
     batch: int = 48
     learning_rate: float = 0.1
 
@@ -163,8 +163,7 @@ class _Search:
 
     def _driven(self, corners: list[Corner], overshoot: Overshoot) -> Iterator[tuple[float, Patch]]:
         """Patches that drive an activation past its grid, those that go furthest, and then turn answers by it."""
-        # All at once, each in proportion to what it reaches: the widest would hide the others.
-        picture, _ = self._screen(corners, lambda x, _: -overshoot(x).clamp_min(1e-3).log().mean(1))
+        picture, _ = self._screen(corners, lambda x, _: -overshoot(x).amax(1))
         chosen = self._some(self.effort.looks)
         with torch.no_grad():
             shown = [self._placed(corner, _shown(self._cut(corner, picture)), chosen) for corner in corners]
