@@ -30,8 +30,9 @@ Stamp = Callable[[Tensor], Tensor]
 SMALLEST, LARGEST = 1 / 8, 1 / 4
 
 
-def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """The images with one square patch on each, white, black, of one colour, or of noise, somewhere.
+def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generator, *, textured: bool = False) -> Tensor:
+    """The images with one square patch on each, somewhere: white, black, of one colour, or of noise; textured: of
+    noise at full contrast, in colours or grey, in black and white stripes, or checkered.
 
     images: (n, C, H, W) or (n, H, W, C) float32 model inputs. low, high: what black and white are, a number for each
     channel. The same seed gives the same patches in either layout.
@@ -52,10 +53,23 @@ def patched(images: Tensor, low: Tensor, high: Tensor, generator: torch.Generato
         window = image[rows, cols, :].permute(2, 0, 1) if last else image[:, rows, cols]
         # Drawn in one order, whatever the layout is.
         noise = torch.rand(window.shape, generator=generator)
-        colour = torch.rand((len(window), 1, 1), generator=generator)
-        share = (torch.ones(()), torch.zeros(()), colour, noise)[draw(0, 3)]
-        window.copy_(least + (most - least) * share)
+        if textured:
+            field, phase, turned = draw(1, max(1, side // 3)), draw(0, 1), draw(0, 1)
+            kinds = _textures(noise, field, phase, turned=bool(turned))
+        else:
+            colour = torch.rand((len(window), 1, 1), generator=generator)
+            kinds = (torch.ones(()), torch.zeros(()), colour, noise)
+        window.copy_(least + (most - least) * kinds[draw(0, 3)])
     return out
+
+
+def _textures(noise: Tensor, field: int, phase: int, *, turned: bool) -> tuple[Tensor, ...]:
+    """Patterns of black 0 and white 1 that broadcast to the noise, (C, side, side). field: pixels of a stripe."""
+    extreme = noise.round()
+    fields = torch.arange(noise.shape[2]) // field
+    stripes = (fields + phase) % 2
+    checks = (fields[:, None] + fields + phase) % 2
+    return extreme, extreme[:1], stripes[:, None] if turned else stripes, checks
 
 
 @dataclass(frozen=True)
@@ -82,19 +96,21 @@ def stressed_values(
 ) -> Mapping[str, Stressed]:
     """The placed values over the calibration images with something strange on them, by the value's name.
 
-    name: of the input. chunks: of it, images in the model's layout, on the CPU. patches: put one on each; stamps: put
-    each of these on all, after that. spread: how values are spread, too, which takes a second pass. Values that become
-    NaN or infinite are left out.
+    name: of the input. chunks: of it, images in the model's layout, on the CPU. patches: put one on each, and one with
+    a texture on each again; stamps: put each of these on all, after that. spread: how values are spread, too, which
+    takes a second pass, and goes without textures: they would count for more than the images. Values that become NaN
+    or infinite are left out.
     """
+    textures = (False,) if spread else (False, True)
 
     def strange() -> Iterator[Tensor]:
         if patches:
-            yield from _patched_chunks(chunks, seed)
+            yield from _patched_chunks(chunks, seed, textures)
         for stamp in stamps:
             yield from map(stamp, chunks)
 
     found: dict[str, Stressed] = {}
-    passes = (1 + spread) * (patches + len(stamps))
+    passes = (1 + spread) * (patches * len(textures) + len(stamps))
     with reporter.task("stress", passes * len(chunks)) as task, torch.no_grad():
         for images in strange():
             for value, tensor in executor.visit({name: images}, placed):
@@ -114,11 +130,14 @@ def stressed_values(
     return found
 
 
-def _patched_chunks(chunks: Sequence[Tensor], seed: int) -> Iterator[Tensor]:
-    """The chunks with patches on their images; black and white are the least and the most of each channel."""
+def _patched_chunks(chunks: Sequence[Tensor], seed: int, textures: Sequence[bool]) -> Iterator[Tensor]:
+    """The chunks with patches on their images, as often as `textures` says with which; black and white are the least
+    and the most of each channel.
+    """
     generator = torch.Generator().manual_seed(seed)
     axes = (0, 1, 2) if layout_of(chunks[0].shape) == "NHWC" else (0, 2, 3)
     low = torch.stack([chunk.amin(axes) for chunk in chunks]).amin(0)
     high = torch.stack([chunk.amax(axes) for chunk in chunks]).amax(0)
-    for chunk in chunks:
-        yield patched(chunk, low, high, generator)
+    for textured in textures:
+        for chunk in chunks:
+            yield patched(chunk, low, high, generator, textured=textured)
