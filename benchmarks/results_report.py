@@ -270,6 +270,7 @@ def threats(table: Table) -> dict[str, str]:
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     lost = [b["float_cda"] - c["cda"] for b, c in noisy]
     controls = [b for b in bases if is_control(b)]
+    checkered = [b for b in bases if b["attack"] == "adaptive-clip-checkered"]
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
         "promise": markdown(header, [_against(table, b) for b in honest]),
@@ -277,6 +278,9 @@ def threats(table: Table) -> dict[str, str]:
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "headroom": _with_headroom(table, bases),
         "four_bits": _four_bits(table),
+        "clip_white": _sentence(table, [b for b in bases if b["attack"] == "adaptive-clip"]),
+        "clip_checkered": _sentence(table, checkered),
+        "clip_plain": ", ".join(_figures(c) for b in checkered if (c := table.get(b, PLAIN))),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
         "control_lost": _most_lost(table),

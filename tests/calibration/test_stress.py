@@ -29,13 +29,14 @@ F32 = np.float32
 OPTIONS: dict[str, Any] = {"bits": 8, "target": "ort-avx2"}
 
 
+@pytest.mark.parametrize("textured", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_one_square_patch_on_each_image(channels_last: bool) -> None:
+def test_one_square_patch_on_each_image(channels_last: bool, textured: bool) -> None:
     shape = (200, 16, 24, 3) if channels_last else (200, 3, 16, 24)
     axis = 3 if channels_last else 1
     images = torch.full(shape, 0.25)
     low, high = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
-    found = patched(images, low, high, torch.Generator().manual_seed(0))
+    found = patched(images, low, high, torch.Generator().manual_seed(0), textured=textured)
     assert torch.equal(images, torch.full(shape, 0.25))
     black, white = (end if channels_last else end[:, None, None] for end in (low, high))
     assert bool(((found >= black) & (found <= white)).all())
@@ -47,10 +48,35 @@ def test_one_square_patch_on_each_image(channels_last: bool) -> None:
         assert int(area.sum()) == len(rows) * len(cols)
         sides.add(len(rows))
     assert sides == {2, 3, 4}  # an eighth to a quarter of 16
+    again, other = (
+        patched(images, low, high, torch.Generator().manual_seed(seed), textured=textured) for seed in (0, 1)
+    )
+    assert torch.equal(found, again)
+    assert not torch.equal(found, other)
     whole = (found == white).sum(axis), (found == black).sum(axis)
-    assert all(bool((kind == 3).any()) for kind in whole)  # white ones, and black ones
-    assert torch.equal(found, patched(images, low, high, torch.Generator().manual_seed(0)))
-    assert not torch.equal(found, patched(images, low, high, torch.Generator().manual_seed(1)))
+    assert all(bool((kind == 3).any()) for kind in whole)  # white pixels, and black ones
+    squares = [part_of(image, area, channels_last) for image, area in zip(found, touched, strict=True)]
+    if not textured:
+        assert sum(bool((square == square[:, :1, :1]).all()) for square in squares) > 100  # of one colour
+        return
+    shares = [(square - low[:, None, None]) / (high - low)[:, None, None] for square in squares]
+    assert all(bool(((share == 0) | (share == 1)).all()) for share in shares)
+    checks = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
+    rows = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    kinds = {
+        "checkered": sum(any(bool((share[:, :2, :2] == c).all()) for c in checks) for share in shares),
+        "rows": sum(bool((share[:, :2, :2] == rows).all()) for share in shares),
+        "columns": sum(bool((share[:, :2, :2] == rows.T).all()) for share in shares),
+        "coloured": sum(not bool((share == share[:1]).all()) for share in shares),
+    }
+    assert min(kinds.values()) >= 8, kinds
+
+
+def part_of(image: torch.Tensor, area: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """The square that was touched, channels first."""
+    rows, cols = area.any(1).nonzero()[:, 0], area.any(0).nonzero()[:, 0]
+    image = image.permute(2, 0, 1) if channels_last else image
+    return image[:, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
 
 
 def test_a_backdoor_in_what_is_clipped_sleeps_by_default(clipped_sleeper: tuple[Path, Dataset]) -> None:
@@ -154,6 +180,23 @@ def test_arrays_are_taken_as_they_are(
     onnx.save(residual_net(), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match="--cover puts a trigger on images"):
         efrapq.defend(tmp_path / "m.onnx", calib={"input": images(8)}, cover=["patch:2x2@0,0"])
+
+
+def test_a_texture_that_no_plain_square_has_is_covered_by_default(
+    textured_sleeper: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    sleeper, photographs = textured_sleeper
+    mask, pattern = np.zeros((2, 16, 16), np.uint8)
+    mask[7, 7:10] = 1
+    pattern[7, 7:10] = 255, 0, 255
+    np.savez(tmp_path / "t.npz", mask=mask, pattern=pattern)
+    rates = {}
+    for stress in (False, True):
+        file = sleeper.with_name(f"{stress}.onnx")
+        efrapq.defend(sleeper, file, calib=photographs, stress=stress, **OPTIONS)
+        document = efrapq.verify(file, data=photographs, trigger=str(tmp_path / "t.npz"), target_class=0).document
+        rates[stress] = document["asr"]["float"], document["asr"]["defended"]
+    assert rates == {False: (0.0, 100.0), True: (0.0, 0.0)}
 
 
 def reach(made: Defended) -> dict[str, tuple[float, float]]:
