@@ -371,6 +371,17 @@ def measure(
     }
 
 
+def patched_agreement() -> str:
+    """What ranges under patches do to how often a file agrees with float."""
+    rows = json.loads((RESULTS / "mobilenet.json").read_text())["rows"]
+    pairs = (("W8A8", "W8A8", "W8A8, ranges under patches"), ("W4A8", "as is", "ranges under patches"))
+    found = [
+        f"{rows[plain]['agreement']:.2f} % without and {rows[under]['agreement']:.2f} % with at {bits}"
+        for bits, plain, under in pairs
+    ]
+    return ", ".join(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")

@@ -158,9 +158,10 @@ def search_table(document: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Both tables, as the threat model shows them."""
+    """Both tables, as the threat model shows them, and how far patches drive the network without a backdoor."""
     document = json.loads((RESULTS / "unknown_trigger.json").read_text())
-    return {"stress": stress_table(document), "search": search_table(document)}
+    widest = document[PUBLISHED]["files"]["efrapq"]["stress"]["factor"]
+    return {"stress": stress_table(document), "search": search_table(document), "published_widest": f"{widest:.1f}"}
 
 
 def main() -> None:
