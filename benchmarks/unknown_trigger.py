@@ -122,7 +122,7 @@ def stress_table(document: dict[str, Any]) -> str:
     rows = []
     for name, case in document.items():
         files = case["files"]
-        if "cda" not in files["efrapq"]:
+        if COVERED not in files or "cda" not in files["efrapq"]:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
         shown = (*FILES, COVERED, FOUND)
