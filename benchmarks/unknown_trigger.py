@@ -119,13 +119,12 @@ class Subject:
 
 def stress_table(document: dict[str, Any]) -> str:
     """CDA / ASR by file, and how far patches drive the widest activation."""
-    rows = []
+    rows, shown = [], (*FILES, COVERED, FOUND)
     for name, case in document.items():
         files = case["files"]
         if COVERED not in files or "cda" not in files["efrapq"]:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
-        shown = (*FILES, COVERED, FOUND)
         for row in (files.get(file) for file in shown):
             cells.append("–" if row is None else f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
         rows.append([_title(name), f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from efrapq.stream import LayerReport, PassSettings
 
 # By how much patches widen an activation's range before it is worth a word (docs/THREAT-MODEL.md has the figures).
-STANDS_OUT = 2.0
+STANDS_OUT = 2.75
 # Calibration data as defend takes it; see `efrapq.calibration`.
 Calibration = str | Path | Dataset | Mapping[str, NDArray[Any]]
 
