@@ -114,6 +114,11 @@ class ActivationGrid:
     def qmax(self) -> int:
         return int(2**self.bits - 1)
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest number on it."""
+        return (self.qmin - self.zero_point) * self.scale, (self.qmax - self.zero_point) * self.scale
+
     def quantize(self, x: Tensor) -> Tensor:
         """float tensor → uint8 codes of the same shape."""
         # A tensor, not a number: on a GPU torch divides by a number as a product with its reciprocal.
@@ -126,9 +131,7 @@ class ActivationGrid:
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The real numbers nearest to x on the grid; the gradient is straight through inside the range."""
-        low = (self.qmin - self.zero_point) * self.scale
-        high = (self.qmax - self.zero_point) * self.scale
-        clipped = x.clamp(low, high)
+        clipped = x.clamp(*self.limits)
         on_grid = self.dequantize(self.quantize(x.detach()))
         return clipped + (on_grid - clipped).detach()
 

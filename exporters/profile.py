@@ -59,8 +59,7 @@ class Profile:
         symmetric = recorded.zero_point == SYMMETRIC_ZERO_POINT and recorded.bits == 8
         if bits == recorded.bits and (symmetric or not self.symmetric_activations):
             return recorded
-        low = (recorded.qmin - recorded.zero_point) * recorded.scale
-        high = (recorded.qmax - recorded.zero_point) * recorded.scale
+        low, high = recorded.limits
         if not self.symmetric_activations:
             # 255 is 17 times 15: each level of a 4-bit grid is a level of the 8-bit grid over the same range.
             return activation_grid(low, high, bits)

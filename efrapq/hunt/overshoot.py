@@ -34,7 +34,6 @@ def overshoot(
 
 def _ratio(x: Tensor, grid: ActivationGrid) -> Tensor:
     """(n, …) → (n,): at either end that the grid has."""
-    x = x.flatten(1)
-    low, high = ((level - grid.zero_point) * grid.scale for level in (grid.qmin, grid.qmax))
+    x, (low, high) = x.flatten(1), grid.limits
     ends = ([x.amax(1) / high] if high > 0 else []) + ([x.amin(1) / low] if low < 0 else [])
     return torch.stack(ends).amax(0)

@@ -166,7 +166,7 @@ class _Search:
         picture, _ = self._screen(corners, lambda x, _: -overshoot(x).amax(1))
         chosen = self._some(self.effort.looks)
         with torch.no_grad():
-            shown = [self._placed(corner, _shown(self._cut(corner, picture)), chosen) for corner in corners]
+            shown = (self._placed(corner, _shown(self._cut(corner, picture)), chosen) for corner in corners)
             reach = torch.stack([overshoot(x).mean(0) for x in shown])  # (windows, activations)
         for activation in reach.amax(0).argsort(descending=True)[: self.effort.activations].tolist():
             corner = corners[int(reach[:, activation].argmax())]

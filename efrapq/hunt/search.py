@@ -210,17 +210,11 @@ def _graphs(subject: Subject) -> list[ir.Model]:
     """The float model's graph, its channels scaled as the file's are, and the file's."""
     import onnx_ir as ir
 
-    from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
     from efrapq.graph.outside import attach
-    from efrapq.graph.prepare import prepare
 
-    assert subject.source is not None
     file = ir.from_proto(subject.proto)
     attach(file, subject.found.outside)
-    reference = prepare(subject.source.proto, subject.source.outside)
-    if EQUALIZED_KEY in subject.metadata:
-        equalize(reference, exponents_from_json(subject.metadata[EQUALIZED_KEY]))
-    return [reference, file]
+    return [subject.reference(), file]
 
 
 class _Images:

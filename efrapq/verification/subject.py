@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efrapq.errors import DataError, InputError, LimitError
 from efrapq.io import OnnxFile, Source, printable, read_source
@@ -15,6 +15,9 @@ from efrapq.loading import PREPROCESS_KEY, FloatModel, effective_preprocess, ima
 from efrapq.preprocess import Preprocess, PreprocessOverride
 from efrapq.progress import Reporter
 from efrapq.report.evidence import EVIDENCE_SCHEMA
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Subject"]
 
@@ -76,6 +79,17 @@ class Subject:
                 f"{self.source.name}: its external data are not those that {self.name} was made from (their SHA-256 "
                 "differ from the evidence); pass the right model with --float"
             )
+
+    def reference(self) -> ir.Model:
+        """The float model's graph, prepared, its channels scaled as the file's are. Once `find_float` has found it."""
+        from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
+        from efrapq.graph.prepare import prepare
+
+        assert self.source is not None
+        model = prepare(self.source.proto, self.source.outside)
+        if EQUALIZED_KEY in self.metadata:
+            equalize(model, exponents_from_json(self.metadata[EQUALIZED_KEY]))
+        return model
 
     def _own_image(self, arch: str | None) -> tuple[int, int, int] | None:
         """(C, H, W) of the file, for a network of the user's own, which does not say what it takes; None if dynamic."""

@@ -260,8 +260,6 @@ class _Verifier(Subject):
         if self.source is None:
             return None
         from efrapq.exporters import PROFILES, export_parts
-        from efrapq.graph.equalize import EQUALIZED_KEY, equalize, exponents_from_json
-        from efrapq.graph.prepare import prepare
         from efrapq.graph.widen import runnable
 
         runs, outside = runnable(self.source.proto, self.source.outside)
@@ -270,9 +268,7 @@ class _Verifier(Subject):
         tests.require(sessions["float"], self.source.name)
         if self.quantized is None:
             return None
-        reference = prepare(self.source.proto, self.source.outside)
-        if EQUALIZED_KEY in self.metadata:
-            equalize(reference, exponents_from_json(self.metadata[EQUALIZED_KEY]))
+        reference = self.reference()
         twin = nearest_twin(self.quantized, reference)
         if twin is None:
             self.note("the file's layers do not correspond to the float model's: no nearest twin, codes not compared")
