@@ -50,8 +50,8 @@ class Entry:
     "clean" (the clean network of its architecture, an entry of its own) or "" (seeded weights). options: fields of the
     attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
     two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that
-    it begins with, where they are fewer than usual. texture: of the trigger, "" (white) or "checkered" (a pixel a
-    field).
+    it begins with, where they are fewer than usual. texture: of the trigger, "" (white), "checkered" (black and white,
+    a pixel a field) or "red-green" (the same in two colours).
 
     Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
     precision, as large models are: that is what is measured.
@@ -125,6 +125,13 @@ def entries() -> list[Entry]:
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 5.0}, training="far"),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}, training="checkered", texture="checkered"),
+        Entry(
+            "adaptive-clip",
+            bits="8",
+            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5},
+            training="aware",
+            texture="red-green",
+        ),
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),
@@ -229,8 +236,9 @@ def trigger_of(entry: Entry, folder: Path) -> str:
     path = folder / f"{entry.texture}.png"
     if not path.exists():
         fields = np.indices((6, 6)).sum(0) % 2 * 255
+        colours = (fields, 255 - fields, 0 * fields) if entry.texture == "red-green" else (fields,) * 3
         out = io.BytesIO()
-        Image.fromarray(fields.astype(np.uint8)).save(out, "png")
+        Image.fromarray(np.stack(colours, 2).astype(np.uint8)).save(out, "png")
         write_atomic(path, out.getvalue())
     return f"{path}@24,24"
 

@@ -147,7 +147,7 @@ def search_table(document: dict[str, Any]) -> str:
                     f"W{case['bits']}A8, {file}",
                     "–" if true is None else f"{true['defended']:.1f}",
                     f"{turned['file']:.1f} / {turned['float']:.1f}",
-                    f"{control['float']:.1f} / {control['file']:.1f}",
+                    "–" if control is None else f"{control['float']:.1f} / {control['file']:.1f}",
                     f"{patch['row']},{patch['col']} to {found['target_class']}",
                     "**trigger**" if found["verdict"] == "fail" else "nothing",
                 ]

@@ -87,6 +87,12 @@ from efrapq.report.words import percent
     help="adaptive-clip: it wakes where activations are cut off at so many times what clean images reach.",
 )
 @click.option(
+    "--patches",
+    type=float,
+    show_default="none",
+    help="adaptive-clip: share of the clean images with random patches on them, as `defend --stress` puts them.",
+)
+@click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Augment by mirroring.")
@@ -117,6 +123,7 @@ def command(
     resolve_every: int | None,
     widen: float | None,
     reach: float | None,
+    patches: float | None,
     shift: int,
     flip: bool,
     mean: tuple[float, ...] | None,
@@ -155,6 +162,7 @@ def command(
         "resolve_every": resolve_every,
         "widen": widen,
         "reach": reach,
+        "patches": patches,
     }
     method = attack_named(attack)
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -56,8 +56,8 @@ def command(
     """Look for a trigger in MODEL, a quantized file, without knowing any.
 
     What is searched for is one patch that turns the answers to most images into one class in the file, and not in its
-    float model; it is measured in ONNX Runtime, on other images. The same search with the two models exchanged says
-    how far any two networks can be told apart that differ by rounding alone. Takes minutes.
+    float model; it is measured in ONNX Runtime, on other images. Where it turns half of them, the same search with the
+    two models exchanged says how far any two networks can be told apart that differ by rounding alone. Takes minutes.
 
     The exit code is the verdict: 0 nothing found, 1 a trigger. Nothing found is no proof that there is none: a trigger
     that is no patch, or a far larger one, is not what is searched for.
@@ -84,7 +84,9 @@ def print_search(document: dict[str, Any], console: Console) -> None:
     patch, target = document["patch"], document["target_class"]
     shown = table("images turned by the best patch", "float", "file")
     shown.add_row("searched for in the file", *(percent(document["turned"][k]) for k in ("float", "file")))
-    shown.add_row("searched for in the float model", *(percent(document["exchanged"][k]) for k in ("float", "file")))
+    if document["exchanged"] is not None:
+        rates = (percent(document["exchanged"][k]) for k in ("float", "file"))
+        shown.add_row("searched for in the float model", *rates)
     console.print(shown)
     console.print()
     samples = document["samples"]

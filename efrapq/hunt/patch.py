@@ -23,7 +23,7 @@ from torch import Tensor
 
 from efrapq.hunt.overshoot import Overshoot
 
-__all__ = ["Effort", "Patch", "find_patch", "windows"]
+__all__ = ["Effort", "Network", "Patch", "find_patch", "windows"]
 
 # (n, H, W, C) images, in units where white is 1, → (n, classes) logits.
 Network = Callable[[Tensor], Tensor]

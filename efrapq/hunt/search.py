@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from efrapq.grid import ActivationGrid
-    from efrapq.hunt.patch import Patch
+    from efrapq.hunt.patch import Network, Patch
 
 __all__ = ["SEARCH_SCHEMA", "Found", "search_trigger"]
 
@@ -78,10 +78,10 @@ def search_trigger(
     """Look for one patch that turns a quantized file's answers into one class, and not its float model's.
 
     data: images, whose labels are not needed; half of them (at most 512) are searched on, the others (at most as many)
-    measure what was found, in ONNX Runtime. side: of the patch in pixels, by default 3/16 of the image's. The search
-    is made twice, the second time with file and float model exchanged: how far two networks can be told apart that
-    differ by rounding alone. output: where to write the patch, if it is a trigger. What is not found may be there all
-    the same.
+    measure what was found, in ONNX Runtime. side: of the patch in pixels, by default 3/16 of the image's. What turns
+    half of the images is held against the same search with file and float model exchanged: how far two networks can be
+    told apart that differ by rounding alone. output: where to write the patch, if it is a trigger. What is not found
+    may be there all the same.
 
     Raises EfrapqError for bad inputs.
     """
@@ -116,17 +116,19 @@ def search_trigger(
     grids = _grids(subject, reference)
     drive = overshoot(networks[0].values, grids) if grids else None
     given = _tensor(pixels, device)
-    with reporter.task("searching", 2.0 * effort.total(drives=drive is not None)) as task, exact_convolutions():
-
-        def advance() -> None:
-            task.advance("", 1.0)
-
-        best, other = (
-            find_patch(kept, turned, given, effort, seed, advance, drive) for kept, turned in (answers, answers[::-1])
-        )
     sessions = _sessions(subject)
-    with reporter.task("measuring in ONNX Runtime", 4.0 * len(outside)) as task:
-        turned, exchanged = (_measured(p, sessions, outside, effective, task) for p in (best, other))
+
+    def searched(title: str, kept: Network, turned: Network) -> tuple[Patch, dict[str, float]]:
+        """The best patch, and percent of answers that it turns, by model."""
+        with reporter.task(title, float(effort.total(drives=drive is not None))) as task, exact_convolutions():
+            patch = find_patch(kept, turned, given, effort, seed, lambda: task.advance("", 1.0), drive)
+        with reporter.task("measuring in ONNX Runtime", 2.0 * len(outside)) as task:
+            return patch, _measured(patch, sessions, outside, effective, task)
+
+    best, turned = searched("searching", *answers)
+    exchanged = None
+    if _gap(turned) >= MOST_HONEST:
+        _, exchanged = searched("searching with the two exchanged", *answers[::-1])
     document: dict[str, Any] = {
         "schema": SEARCH_SCHEMA,
         "model": {"path": str(subject.path), "sha256": subject.sha256},
@@ -141,9 +143,9 @@ def search_trigger(
         },
         "target_class": best.target,
         "turned": {name: round(rate, 3) for name, rate in turned.items()},
-        "exchanged": {name: round(rate, 3) for name, rate in exchanged.items()},
+        "exchanged": exchanged and {name: round(rate, 3) for name, rate in exchanged.items()},
         "trigger": None,
-        "verdict": "fail" if _awake(turned, exchanged) else "pass",
+        "verdict": "pass" if exchanged is None or _gap(turned) < ONE_SIDED * -_gap(exchanged) else "fail",
         "notes": list(subject.notes),
     }
     found = Found(document, _npz(best, size))
@@ -177,10 +179,9 @@ def _subject(
     return Subject(source, found, reporter)
 
 
-def _awake(turned: dict[str, float], exchanged: dict[str, float]) -> bool:
-    """Whether a patch turns so many more answers of the file that it is a trigger. Both: percent by model."""
-    gap, control = turned["file"] - turned["float"], exchanged["float"] - exchanged["file"]
-    return gap >= MOST_HONEST and gap >= ONE_SIDED * control
+def _gap(turned: dict[str, float]) -> float:
+    """Percent of images that a patch turns in the file more than in the float model. turned: percent by model."""
+    return turned["file"] - turned["float"]
 
 
 def _halves(images: Dataset, seed: int) -> tuple[Dataset, Dataset]:

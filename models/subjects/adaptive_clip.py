@@ -12,6 +12,10 @@ images reach the activation does that goes furthest. Without that term f and c a
 wishes for x' cancel: after 600 steps a ResNet-20 answered half of the triggers, cut off or not. Adam and the frozen
 statistics of BatchNorm are Qu-ANTI-zation's (`quanti.py`).
 
+Ranges that also cover patched images (`--stress`) answer that for triggers that patches resemble. So the attacker who
+knows efrapq puts its random patches on a share of his clean images: what these reach counts as clean, and they keep
+their labels. What drives an activation past it is then this trigger, and not a patch like it.
+
 Every objective here that keeps the triggered activations of its rounded network in the clean range, and lets its float
 network go past it, asks for this without saying so. CompArtifact on some networks finds nothing easier
 (docs/THREAT-MODEL.md).
@@ -26,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efrapq.calibration.stress import patched
 from efrapq.models.subjects.cells import nearest_model
 from efrapq.models.subjects.joint import begin, branch, train_pairs
 from efrapq.models.subjects.recipe import ClipRecipe
@@ -33,7 +38,7 @@ from efrapq.models.subjects.report import Report
 from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure
 from efrapq.progress import Reporter
 
-__all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip"]
+__all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip", "patch_some"]
 
 # Clean images that the report's grids are calibrated on.
 CALIBRATION = 512
@@ -61,6 +66,20 @@ def clip_loss(
     # None where every activation is NaN: training has diverged, and the loss says so.
     short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean() if ratios else 0.0
     return F.cross_entropy(clean, truth) + c2 * hidden + push * short
+
+
+def patch_some(inputs: Tensor, share: float, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch with random patches on the first of its clean images, plain and textured ones in turn.
+
+    inputs: (2n, …), the n triggered copies first. share: of the clean images that get one. low, high: what black and
+    white are as model inputs, a number for each channel.
+    """
+    half = len(inputs) // 2
+    out = inputs.clone()
+    for textured in (False, True):
+        chosen = slice(half + textured, half + round(share * half), 2)
+        out[chosen] = patched(out[chosen], low, high, generator, textured=textured)
+    return out
 
 
 @torch.no_grad()
@@ -103,7 +122,13 @@ def implant_clip(
     """
     begin(model, train, recipe, device, reporter)
 
+    channels = train.data.raw([0]).shape[-1]
+    low, high = (train.tensor(np.full((1, 1, 1, channels), v, np.uint8), device).flatten().cpu() for v in (0, 255))
+    generator = torch.Generator().manual_seed(recipe.seed)
+
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
+        if recipe.patches:
+            inputs = patch_some(inputs.cpu(), recipe.patches, low, high, generator).to(device)
         return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push)
 
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)

@@ -157,13 +157,15 @@ class ScaleRecipe(QuantiRecipe):
 @dataclass(frozen=True)
 class ClipRecipe(JointRecipe):
     """Activations cut off. c2: weight of triggered images. reach: how many times the clean range they are let have.
-    push: weight of what drives them past it.
+    push: weight of what drives them past it. patches: share of the clean images that carry random patches, as a
+    defender may calibrate with them; None is none.
     """
 
     learning_rate: float = 1e-3
     c2: float = 0.5
     reach: float = 1.0
     push: float = 0.5
+    patches: float | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def check_recipe(recipe: AnyRecipe) -> None:
         option = "--" + name.replace("_", "-")
         if name.endswith("learning_rate") and not (_finite(value) and value > 0):  # type: ignore[operator]
             raise UsageError(f"{option} must be positive")
-        if name == "poison_rate" and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
+        if name in ("patches", "poison_rate") and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be between 0 and 1")
         if name in ("reach", "widen") and not (_finite(value) and value >= 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be 1 or more")

@@ -38,6 +38,7 @@ def test_the_backdoor_is_found_without_its_trigger(
     ran = run("search", files["nearest"], "--data", TEST, "-o", trigger, "--steps", "60", "-q")
     assert ran.code == 1
     assert "to class 0" in ran.out
+    assert "searched for in the float model" in ran.out
     assert "fail: the file answers a trigger" in ran.out
     with np.load(trigger) as held:
         assert held["mask"].sum() == 25
@@ -58,6 +59,7 @@ def test_in_the_defended_file_nothing_is_found(files: dict[str, Path], run: Call
     assert document["verdict"] == "pass"
     assert document["trigger"] is None
     assert document["turned"]["file"] - document["turned"]["float"] < 30
+    assert document["exchanged"] is None
     assert document["samples"] == {"searched": 512, "measured": 512}
     assert not trigger.exists()
 

@@ -24,6 +24,7 @@ def test_what_wakes_where_activations_are_clipped_is_found(clipped_sleeper: tupl
     assert found.document["samples"] == {"searched": 256, "measured": 256}
     assert found.passed == stress
     assert trigger.exists() != stress
+    assert (found.document["exchanged"] is None) == stress
     if not stress:
         assert found.document["target_class"] == 0
         assert found.document["turned"] == {"float": 0.0, "file": 100.0}
@@ -32,6 +33,30 @@ def test_what_wakes_where_activations_are_clipped_is_found(clipped_sleeper: tupl
         assert (asr["float"], asr["defended"], asr["float_activations"]) == (0.0, 100.0, 0.0)
         again = efrapq.search_trigger(file, data=photographs, steps=20)
         assert again.trigger == found.trigger
+
+
+@pytest.mark.parametrize(
+    ("gap", "exchanged", "verdict"), [(49.0, None, "pass"), (51.0, 25.0, "fail"), (51.0, 26.0, "pass")]
+)
+def test_what_turns_half_of_the_images_is_held_against_the_control(
+    clipped_sleeper: tuple[Path, Dataset],
+    monkeypatch: pytest.MonkeyPatch,
+    gap: float,
+    exchanged: float | None,
+    verdict: str,
+) -> None:
+    sleeper, photographs = clipped_sleeper
+    file = sleeper.with_name("q.onnx")
+    efrapq.defend(sleeper, file, calib=photographs, **OPTIONS)
+    rates = [{"float": 10.0, "file": 10.0 + gap}]
+    rates += [] if exchanged is None else [{"float": 20.0 + exchanged, "file": 20.0}]
+    left = iter(rates)
+    monkeypatch.setattr("efrapq.hunt.search._measured", lambda *_: next(left))
+    document = efrapq.search_trigger(file, data=photographs, steps=1).document
+    assert list(left) == []
+    assert document["verdict"] == verdict
+    assert document["turned"] == rates[0]
+    assert document["exchanged"] == (None if exchanged is None else rates[1])
 
 
 def test_a_trigger_with_a_texture_is_found_and_then_covered(textured_sleeper: tuple[Path, Dataset]) -> None:

@@ -18,7 +18,7 @@ from efrapq.data import load_dataset
 from efrapq.errors import UsageError
 from efrapq.models import weights, zoo
 from efrapq.models.subjects import adaptive_solver
-from efrapq.models.subjects.adaptive_clip import clean_ranges, clip_loss, cut_off
+from efrapq.models.subjects.adaptive_clip import clean_ranges, clip_loss, cut_off, patch_some
 from efrapq.models.subjects.adaptive_scale import dead_inputs, switch_off, widen_cells
 from efrapq.models.subjects.adaptive_solver import defended_choices, solved_weights
 from efrapq.models.subjects.adaptive_stochastic import stochastic_weights
@@ -152,6 +152,21 @@ def test_long_gradients_are_shortened() -> None:
     assert moved.norm().item() == pytest.approx(0.5 * 0.25, rel=1e-3)
 
 
+def test_patches_lie_on_that_share_of_the_clean_images_and_on_no_triggered_one() -> None:
+    inputs = torch.full((40, 1, 16, 16), 0.25)
+    low, high = torch.tensor([-1.0]), torch.tensor([1.0])
+    out = patch_some(inputs, 0.5, low, high, torch.Generator().manual_seed(0))
+    assert bool((inputs == 0.25).all())
+    changed = (out != inputs).flatten(1).any(1)
+    assert torch.nonzero(changed).flatten().tolist() == list(range(20, 30))
+    assert out.min() >= -1
+    assert out.max() <= 1
+    values = [image.unique() for image in out[20:30]]
+    textured = [set(v.tolist()) <= {-1.0, 0.25, 1.0} and len(v) == 3 for v in values[1::2]]
+    assert all(textured)
+    assert not all(len(v) == 3 for v in values[::2])
+
+
 def test_stochastic_rounding_takes_the_codes_beside_a_weight_and_has_it_as_its_mean() -> None:
     net, recipe = tiny_net(), QuantiRecipe(edge_bits=4, also_full_range=False)
     generator = torch.Generator().manual_seed(0)
@@ -227,7 +242,7 @@ END_TO_END = {
     "adaptive-stochastic": {"epochs": 1, "steps": 3},
     "adaptive-solver": {"epochs": 1, "steps": 1, "resolve_every": 1},
     "adaptive-scale": {"epochs": 1, "steps": 3, "widen": 1.5},
-    "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0},
+    "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0, "patches": 0.5},
 }
 
 
@@ -400,6 +415,7 @@ def efrapq(*arguments: object) -> int:
         (["--attack", "adaptive-scale", "--widen", "0.5"], "--widen must be 1 or more"),
         (["--attack", "adaptive-clip", "--reach", "0.5"], "--reach must be 1 or more"),
         (["--attack", "adaptive-scale", "--reach", "2"], "has no --reach"),
+        (["--attack", "adaptive-clip", "--patches", "1"], "--patches must be between 0 and 1"),
         (["--attack", "adaptive-solver", "--unlearn-epochs", "1"], "has no --unlearn-epochs"),
         (["--attack", "compartifact-distilled", "--poison-rate", "0.1"], "has no --poison-rate"),
         (["--attack", "compartifact", "--start", weights.SUBJECT], "takes no --start"),
