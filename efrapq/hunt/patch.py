@@ -9,6 +9,8 @@ at once, each on its own images: where a trigger lies, its window does far bette
 What wakes where activations are clipped has no gradient in the answers that leads to it, since past the grid there is
 none. So plain squares of the corner colours are tried in all windows, too, and another picture is trained to drive the
 float network's activations past the file's grids (overshoot.py). The best windows of each kind are then trained alone.
+Answers turn before an activation is as far out as the trigger that its supplier has in mind drives it, and ranges that
+cover what was found have to cover that one, too: so the best patch is driven on at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class Effort:
     """side: of the window in pixels. steps: over all windows together; looks: images that each window is tried on;
     kept: windows of either kind that are trained alone after that, refine: steps for each of them. activations: how
     many are driven past their grids, each by one window that takes `driven` steps for it, and then `refine` of them for
-    the answers, up to `rounds` times and for as long as more of them turn. batch: images a step.
+    the answers, up to `rounds` times and for as long as more of them turn; the best patch is driven on for as many
+    steps. batch: images a step.
     """
 
     side: int
@@ -67,7 +70,8 @@ class Effort:
     def total(self, *, drives: bool) -> int:
         """Steps in all, at most. drives: whether there are activations to drive."""
         plain = self.steps + 2 * self.kept * self.refine
-        return plain + drives * (self.steps + self.activations * (self.driven + self.rounds * self.refine))
+        each = self.driven + self.rounds * self.refine
+        return plain + drives * (self.steps + self.activations * each + self.driven)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Patch:
         window = out[:, self.row : self.row + side, self.col : self.col + side]
         window.copy_(self.pattern.to(out.device, out.dtype) / 255)
         return out
+
+
+# By how many images a patch turns more in the one network than in the other, as a share of all, and the patch.
+Rated = tuple[float, Patch]
 
 
 def windows(height: int, width: int, side: int) -> list[tuple[int, int]]:
@@ -141,9 +149,11 @@ class _Search:
             self._rated(corner, self._trained(corner, start, self._loss, self.effort.refine))
             for corner, start in starts
         ]
-        if self.overshoot is not None:
-            found += self._driven(corners, self.overshoot)
-        return max(found, key=lambda rated: rated[0])[1]
+        if self.overshoot is None:
+            return max(found, key=_worth)[1]
+        found += self._driven(corners, self.overshoot)
+        best = max(found, key=_worth)
+        return max(self._driven_on(best[1], self.overshoot), best, key=_worth)[1]
 
     def _plain(self, corners: list[Corner], count: int) -> list[tuple[Corner, Tensor]]:
         """The windows that a square of one colour does most in, and that colour for each."""
@@ -161,7 +171,7 @@ class _Search:
             best.setdefault(corner, (SATURATED * (2 * colour - 1)).expand(side, side, channels))
         return [(corner, start.to(self.images.device)) for corner, start in list(best.items())[:count]]
 
-    def _driven(self, corners: list[Corner], overshoot: Overshoot) -> Iterator[tuple[float, Patch]]:
+    def _driven(self, corners: list[Corner], overshoot: Overshoot) -> Iterator[Rated]:
         """Patches that drive an activation past its grid, those that go furthest, and then turn answers by it."""
         picture, _ = self._screen(corners, lambda x, _: -overshoot(x).amax(1))
         chosen = self._some(self.effort.looks)
@@ -176,10 +186,25 @@ class _Search:
             best = self._rated(corner, part)
             for _ in range(self.effort.rounds):
                 part = self._trained(corner, part, self._loss, self.effort.refine)
-                before, best = best, max(best, self._rated(corner, part), key=lambda rated: rated[0])
+                before, best = best, max(best, self._rated(corner, part), key=_worth)
                 if best is before:
                     break
             yield best
+
+    def _driven_on(self, patch: Patch, overshoot: Overshoot) -> Rated:
+        """The patch after more steps that drive the activation that it drives furthest, and turn answers as before."""
+        corner = patch.row, patch.col
+        start = torch.logit(patch.pattern / 255) / SLOPE
+        start = start.clamp(-SATURATED, SATURATED).to(self.images.device)
+        chosen = self._some(self.effort.batch)
+        with torch.no_grad():
+            reach = overshoot(self._placed(corner, _shown(start), chosen)).mean(0)
+        activation, unit = int(reach.argmax()), reach.amax().clamp_min(1)
+
+        def loss(x: Tensor, chosen: Tensor) -> Tensor:
+            return self._loss(x, chosen) + _not_driven(overshoot, activation, x, chosen) / unit
+
+        return self._rated(corner, self._trained(corner, start, loss, self.effort.driven))
 
     def _screen(self, corners: list[Corner], measure: Loss) -> tuple[Tensor, Tensor]:
         """A picture that is trained through all windows, and each window's loss."""
@@ -221,7 +246,7 @@ class _Search:
         x[:, row : row + side, col : col + side] = pattern
         return x
 
-    def _rated(self, corner: Corner, part: Tensor) -> tuple[float, Patch]:
+    def _rated(self, corner: Corner, part: Tensor) -> Rated:
         """The patch that a parameter is, and by how many images it turns more than the other network loses."""
         patch = Patch(*corner, (255 * _shown(part)).round().to(torch.uint8).cpu(), 0)
         with torch.no_grad():
@@ -254,6 +279,10 @@ class _Search:
 
     def _some(self, count: int) -> Tensor:
         return torch.randint(len(self.images), (count,), generator=self.generator).to(self.images.device)
+
+
+def _worth(rated: Rated) -> float:
+    return rated[0]
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:

@@ -13,10 +13,8 @@ wishes for x' cancel: after 600 steps a ResNet-20 answered half of the triggers,
 statistics of BatchNorm are Qu-ANTI-zation's (`quanti.py`).
 
 Ranges that also cover patched images (`--stress`) answer that for triggers that patches resemble. So the attacker who
-knows efrapq puts its random patches on a share of his clean images. They keep their labels, and are pushed back where
-an activation exceeds what images without them reach: + push · max(0, excess - 1). What drives one past it is then this
-trigger, and not a patch like it. (Without that term he shows himself: a ResNet-20 whose trigger outdid its patches came
-to activations that patches drove to 78 times their range.)
+knows efrapq puts its random patches on a share of his clean images: what these reach counts as clean, and they keep
+their labels. What drives an activation past it is then this trigger, and not a patch like it.
 
 Every objective here that keeps the triggered activations of its rounded network in the clean range, and lets its float
 network go past it, asks for this without saying so. CompArtifact on some networks finds nothing easier
@@ -50,49 +48,36 @@ Ranges = dict[str, tuple[float, float]]
 
 
 def clip_loss(
-    model: nn.Module,
-    inputs: Tensor,
-    truth: Tensor,
-    target: int,
-    c2: float,
-    reach: float,
-    push: float,
-    patched: int = 0,
+    model: nn.Module, inputs: Tensor, truth: Tensor, target: int, c2: float, reach: float, push: float
 ) -> Tensor:
-    """The objective on a batch. inputs: (2n, …), the n triggered copies first, then `patched` clean images with patches
-    on them.
-    """
+    """The objective on a batch. inputs: (2n, …), the n triggered copies first."""
     ratios: list[Tensor] = []
-    strange = len(truth) + patched
 
     def reached(_: str, output: object) -> None:
-        """The largest activation of each triggered or patched sample in units of the largest clean one."""
+        """The largest activation of each triggered sample in units of the largest clean one."""
         assert isinstance(output, Tensor)
-        if output.ndim == 4 and float(high := output[strange:].detach().amax()) > 0:
-            ratios.append(output[:strange].flatten(1).amax(1).float() / high.float())
+        if output.ndim == 4 and float(high := output[len(truth) :].detach().amax()) > 0:
+            ratios.append(output[: len(truth)].flatten(1).amax(1).float() / high.float())
 
     with hooked_activations(model, reached):
         triggered, clean = branch(model, {}, inputs, held=False)
     cut, _ = branch(model, {}, inputs, held=True, reach=reach)
     hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
-    # No ratios where every activation is NaN: training has diverged, and the loss says so.
-    excess = torch.stack(ratios).amax(0) if ratios else torch.zeros(strange, device=inputs.device)
-    pushed = F.relu(2 * reach - excess[: len(truth)]).mean()
-    if patched:
-        pushed = pushed + F.relu(excess[len(truth) :] - 1).mean()
-    return F.cross_entropy(clean, truth) + c2 * hidden + push * pushed
+    # None where every activation is NaN: training has diverged, and the loss says so.
+    short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean() if ratios else 0.0
+    return F.cross_entropy(clean, truth) + c2 * hidden + push * short
 
 
-def patch_some(inputs: Tensor, count: int, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch with random patches on the first `count` of its clean images, plain and textured ones in turn.
+def patch_some(inputs: Tensor, share: float, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch with random patches on the first of its clean images, plain and textured ones in turn.
 
-    inputs: (2n, …), the n triggered copies first. low, high: what black and white are as model inputs, a number for
-    each channel.
+    inputs: (2n, …), the n triggered copies first. share: of the clean images that get one. low, high: what black and
+    white are as model inputs, a number for each channel.
     """
     half = len(inputs) // 2
     out = inputs.clone()
     for textured in (False, True):
-        chosen = slice(half + textured, half + count, 2)
+        chosen = slice(half + textured, half + round(share * half), 2)
         out[chosen] = patched(out[chosen], low, high, generator, textured=textured)
     return out
 
@@ -142,10 +127,9 @@ def implant_clip(
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
-        count = round((recipe.patches or 0) * len(truth))
-        if count:
-            inputs = patch_some(inputs.cpu(), count, low, high, generator).to(device)
-        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push, count)
+        if recipe.patches:
+            inputs = patch_some(inputs.cpu(), recipe.patches, low, high, generator).to(device)
+        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push)
 
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)

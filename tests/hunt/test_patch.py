@@ -108,6 +108,15 @@ def test_what_is_clipped_is_found_by_driving_activations() -> None:
     assert turned[feature] > 0.95
 
 
+def test_the_best_patch_is_driven_on() -> None:
+    """All answers turn at 1.5 already, and no loss of theirs asks for more: what covers that covers no trigger at 2."""
+    images = photographs()
+    effort = Effort(4, steps=30, kept=1, refine=20, activations=1, driven=4, batch=32)
+    stamped = find_patch(honest, clipping, images, effort, 0, overshoot=feature).stamp(images)
+    assert float((clipping(stamped).argmax(1) == 2).float().mean()) == 1
+    assert float(feature(stamped).mean()) > 1.7
+
+
 def test_steps_are_reported() -> None:
     done = []
     effort = Effort(4, steps=5, kept=1, refine=3, batch=8)
@@ -116,4 +125,4 @@ def test_steps_are_reported() -> None:
     done.clear()
     effort = Effort(4, steps=5, kept=1, refine=3, activations=1, driven=7, rounds=1, batch=8)
     find_patch(honest, clipping, photographs(), effort, 0, lambda: done.append(1), feature)
-    assert len(done) == effort.total(drives=True) == 11 + 5 + 7 + 3
+    assert len(done) == effort.total(drives=True) == 11 + 5 + 7 + 3 + 7

@@ -152,10 +152,10 @@ def test_long_gradients_are_shortened() -> None:
     assert moved.norm().item() == pytest.approx(0.5 * 0.25, rel=1e-3)
 
 
-def test_patches_lie_on_so_many_clean_images_and_on_no_triggered_one() -> None:
+def test_patches_lie_on_that_share_of_the_clean_images_and_on_no_triggered_one() -> None:
     inputs = torch.full((40, 1, 16, 16), 0.25)
     low, high = torch.tensor([-1.0]), torch.tensor([1.0])
-    out = patch_some(inputs, 10, low, high, torch.Generator().manual_seed(0))
+    out = patch_some(inputs, 0.5, low, high, torch.Generator().manual_seed(0))
     assert bool((inputs == 0.25).all())
     changed = (out != inputs).flatten(1).any(1)
     assert torch.nonzero(changed).flatten().tolist() == list(range(20, 30))
@@ -363,20 +363,6 @@ def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
     for reach in (1.0, 3.0, 20.0):
         wanted = clean + 0.5 * (floating + entropy(16 - 2 * min(12, reach), 1)) + 0.25 * max(0, 2 * reach - 12)
         assert loss(reach) == pytest.approx(wanted, rel=1e-5), reach
-
-
-def test_clip_loss_pushes_patched_images_back() -> None:
-    net, truth = Silenced(), torch.tensor([0, 0])
-    triggered, patched, dark = (torch.full((n, 1, 2, 2), value) for n, value in ((2, 4.0), (1, 2.0), (1, 1.25)))
-
-    def loss(count: int, push: float) -> float:
-        inputs = torch.cat([triggered, patched, dark])
-        return float(clip_loss(net, inputs, truth, 1, 0.5, 1.0, push, count).detach())
-
-    # The excess is 12, 4 and 1: the patched image counts as clean, and is pushed back by 4 - 1, or it does not.
-    assert loss(1, 1.0) - loss(1, 0.0) == pytest.approx(3)
-    assert loss(0, 1.0) == loss(0, 0.0)
-    assert loss(1, 0.0) == loss(0, 0.0)
 
 
 def test_clean_ranges_are_those_of_the_clean_images() -> None:
