@@ -39,6 +39,7 @@ TITLES = {
     "adaptive-clip": "adaptive: clip",
     "adaptive-clip-far": "adaptive: clip, far",
     "adaptive-clip-checkered": "adaptive: clip, checkered",
+    "adaptive-clip-aware": "adaptive: clip, patch-aware",
 }
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}
@@ -270,7 +271,7 @@ def threats(table: Table) -> dict[str, str]:
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     lost = [b["float_cda"] - c["cda"] for b, c in noisy]
     controls = [b for b in bases if is_control(b)]
-    checkered = [b for b in bases if b["attack"] == "adaptive-clip-checkered"]
+    checkered, aware = ([b for b in bases if b["attack"] == f"adaptive-clip-{kind}"] for kind in ("checkered", "aware"))
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
         "promise": markdown(header, [_against(table, b) for b in honest]),
@@ -280,6 +281,7 @@ def threats(table: Table) -> dict[str, str]:
         "four_bits": _four_bits(table),
         "clip_white": _sentence(table, [b for b in bases if b["attack"] == "adaptive-clip"]),
         "clip_checkered": _sentence(table, checkered),
+        "clip_aware": _sentence(table, aware),
         "clip_plain": ", ".join(_figures(c) for b in checkered if (c := table.get(b, PLAIN))),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),

@@ -20,7 +20,7 @@ from efrapq.cli.options import (
 )
 from efrapq.io.text import printable
 from efrapq.options import MOST_HEADROOM, RANGES, SCALES, SOLVERS
-from efrapq.report.words import size
+from efrapq.report.words import percent, size
 
 if TYPE_CHECKING:
     from efrapq.pipeline import Defended
@@ -118,6 +118,12 @@ if TYPE_CHECKING:
     "search: what it drives further is then not clipped. May be repeated.",
 )
 @click.option(
+    "--search",
+    is_flag=True,
+    help="Then look for a trigger in the file, as `efrapq search` does, on the images of --calib; cover what is found, "
+    "and look again. Takes minutes.",
+)
+@click.option(
     "--scale",
     type=click.Choice(SCALES),
     default="minmax",
@@ -160,34 +166,39 @@ def command(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     size: tuple[int, int] | None,
+    search: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Quantize MODEL (.pt, .safetensors or .onnx) with EFRAP rounding.
 
     Writes a QDQ graph, and beside it the evidence (.json): hashes, settings, and what happened to every layer.
 
     An ONNX model may have external data, in plain files of its own folder. From 256 MiB on its weights are read one at
     a time, wherever they are. A result past 2 GiB has external data of its own, in the file OUTPUT.data.
+
+    With --search the exit code is 1 if a trigger is found even in a file whose ranges cover those found before it.
     """
     from efrapq.pipeline import default_output, defend
     from efrapq.report.evidence import dumps
 
-    made = defend(
-        model,
-        output or default_output(model, bits),
-        bits=bits,
-        act_bits=int(act_bits),
-        edge_bits=edge_bits,
-        preprocess=preprocess_from(mean, std, size),
-        reporter=TerminalReporter(quiet=quiet),
-        **options,
-    )
+    output = output or default_output(model, bits)
+    options |= {"bits": bits, "act_bits": int(act_bits), "edge_bits": edge_bits}
+    options |= {"preprocess": preprocess_from(mean, std, size), "reporter": TerminalReporter(quiet=quiet)}
+    passed = True
+    if search:
+        from efrapq.hunt import defend_searched
+
+        searched = defend_searched(model, output, **options)
+        made, passed = searched.made, searched.passed
+    else:
+        made = defend(model, output, **options)
     if as_json:
         click.echo(dumps(made.evidence), nl=False)
-        return
-    _print(made.evidence, classes=_may_hold_classes(made))
+    else:
+        _print(made.evidence, classes=_may_hold_classes(made))
+    return 0 if passed else 1
 
 
 def _may_hold_classes(made: Defended) -> bool:
@@ -222,12 +233,24 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
+    for search in evidence.get("searches", ()):
+        console.print(f"{_outcome(search)}", markup=False)
     attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
     )
-    if classes:
+    if classes and "searches" not in evidence:
         console.print(
             f"or        efrapq search {printable(evidence['output']['path'])} --data IMAGES, where no trigger is known",
             markup=False,
         )
+
+
+def _outcome(search: dict[str, Any]) -> str:
+    """One search of several, in a line."""
+    turned, patch = search["turned"], search["patch"]
+    rates = f"turns {percent(turned['file'])} in the file, {percent(turned['float'])} in float"
+    if search["verdict"] == "pass":
+        return f"searched  nothing was found: the best patch {rates}"
+    where = f"{patch['side']}x{patch['side']} at {patch['row']},{patch['col']}, to class {search['target_class']}"
+    return f"searched  a patch {rates} ({where}): {printable(search['trigger'])}"

@@ -13,16 +13,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efrapq.hunt import search_trigger
+    from efrapq.hunt import defend_searched, search_trigger
     from efrapq.loading import load
     from efrapq.pipeline import defend
     from efrapq.retarget import export
     from efrapq.verification import verify
 
-__all__ = ["defend", "export", "load", "search_trigger", "verify"]
+__all__ = ["defend", "defend_searched", "export", "load", "search_trigger", "verify"]
 
 _HOME = {
     "defend": "efrapq.pipeline",
+    "defend_searched": "efrapq.hunt",
     "export": "efrapq.retarget",
     "load": "efrapq.loading",
     "search_trigger": "efrapq.hunt",

@@ -93,3 +93,25 @@ def test_what_cannot_be_searched_is_refused(
     lonely.write_bytes(files["nearest"].read_bytes())
     with pytest.raises(UsageError, match="pass --float"):
         efrapq.search_trigger(lonely, data=Dataset.from_arrays(data, None))
+
+
+def test_defend_searches_and_covers(
+    textured_sleeper: tuple[Path, Dataset], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper, photographs = textured_sleeper
+    images = sleeper.with_name("images.npz")
+    np.savez(images, images=photographs.raw(range(len(photographs))).astype(np.uint8))
+    arguments = ["defend", sleeper, "-o", sleeper.with_name("q.onnx"), "--calib", images, "--bits", "8", "--no-stress"]
+    arguments += ["--target", "ort-avx2", "--search"]
+    ran = run(*arguments)
+    assert ran.code == 0, ran.err
+    found, nothing = (line for line in ran.out.splitlines() if line.startswith("searched"))
+    assert found.startswith("searched  a patch turns ")
+    assert found.endswith("q.trigger1.npz")
+    assert nothing.startswith("searched  nothing was found: the best patch turns ")
+    assert "or        efrapq search" not in ran.out
+    monkeypatch.setattr("efrapq.hunt.covered.COVERED", 0)
+    ran = run(*arguments, "--json")
+    assert ran.code == 1
+    assert "do not deploy this file" in ran.err
+    assert [s["verdict"] for s in json.loads(ran.out)["searches"]] == ["fail"]
