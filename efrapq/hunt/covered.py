@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Searched", "defend_searched"]
 
-# Triggers to cover before it is given up: what stays awake when it is covered lies in the weights.
+# Triggers to cover before it is given up: what lies in the weights is awake whatever the ranges cover.
 COVERED = 2
 # What a search says of itself in the evidence of the file that it was made in.
 RECORDED = ("samples", "effort", "patch", "target_class", "turned", "exchanged", "trigger", "verdict")
@@ -65,6 +66,7 @@ def defend_searched(
 
     Raises EfrapqError for bad inputs.
     """
+    started = time.perf_counter()
     reporter = reporter or Silent()
     _check(calib, options)
     output = Path(output)
@@ -84,7 +86,7 @@ def defend_searched(
         trigger = next(path for path in free if str(path) not in map(str, covers))
         found = search_trigger(output, data=calib, output=trigger, float_model=model, steps=search_steps, **about)
         searches.append(found)
-        _record(made, searches)
+        _record(made, searches, time.perf_counter() - started)
         if found.passed:
             return Searched(made, searches)
         turned = found.document["turned"]
@@ -93,7 +95,7 @@ def defend_searched(
             f"model ({printable(trigger.name)})"
         )
         if len(searches) > COVERED:
-            reporter.warn("do not deploy this file: what covering does not silence lies in its weights")
+            reporter.warn("do not deploy this file: ranges that cover what was found do not silence it")
             return Searched(made, searches)
         reporter.note("once more, with activation ranges that cover it")
         covers.append(str(trigger))
@@ -107,8 +109,9 @@ def _check(calib: Calibration | None, options: Mapping[str, Any]) -> None:
         raise UsageError("--search covers what it finds: it does not go with --act-bits 32 or --act-range output")
 
 
-def _record(made: Defended, searches: list[Found]) -> None:
-    """Write the searches into the file's evidence."""
+def _record(made: Defended, searches: list[Found], seconds: float) -> None:
+    """Write the searches, and how long all of it took, into the file's evidence."""
     assert made.evidence_path is not None
     made.evidence["searches"] = [{key: found.document[key] for key in RECORDED} for found in searches]
+    made.evidence["timing"]["seconds"] = round(seconds, 3)
     write_atomic(made.evidence_path, dumps(made.evidence).encode())
