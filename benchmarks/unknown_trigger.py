@@ -6,7 +6,8 @@ what ranges that cover it do then.
 Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoor): the file rounded to nearest and
 efrapq's, with the ranges that calibration shows, with those under patches, and with those that cover the trigger
 itself. stress: their CDA and ASR. search: what `efrapq search` finds in the first three, and where it finds something
-in the third, which is the default, CDA and ASR of a file whose ranges cover what was found. A subject is whatever lies
+in the third, which is the default, CDA and ASR of a file whose ranges cover what was found, and what it finds there:
+what `defend --search` does. A subject is whatever lies
 in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind of CPU.
 Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
 """
@@ -42,6 +43,7 @@ from efrapq.cli.console import TerminalReporter
 from efrapq.data import Dataset, load_dataset
 
 PUBLISHED = "published"
+AWARE = "cifar10-resnet20-adaptive-clip-aware-w8-s0"
 IMAGES = 2000
 # With the options of each.
 FILES: dict[str, dict[str, Any]] = {
@@ -93,6 +95,16 @@ class Subject:
         document = efrapq.verify(file, float_model=self.path, **given).document
         return {key: document[key] for key in ("cda", "asr", "agreement")}
 
+    def searched(self, file: Path) -> tuple[dict[str, Any], Path | None]:
+        """What the search says of a file, and the trigger that it found, if it did."""
+        path = self.folder / "found.npz"
+        found = efrapq.search_trigger(
+            file, data=self.test, float_model=self.path, output=path, reporter=TerminalReporter()
+        )
+        where = ("model", "float_model", "trigger")
+        document = {key: value for key, value in found.document.items() if key not in where}
+        return document, None if found.passed else path
+
     def measure(self, parts: list[str]) -> dict[str, Any]:
         """Of all its files."""
         found: dict[str, Any] = {}
@@ -101,16 +113,11 @@ class Subject:
             if "stress" in parts:
                 found[name] |= self.rates(file)
             if "search" in parts:
-                searched = efrapq.search_trigger(
-                    file, data=self.test, float_model=self.path, reporter=TerminalReporter()
-                )
-                where = ("model", "float_model", "trigger")
-                found[name]["search"] = {key: value for key, value in searched.document.items() if key not in where}
-                if name == "efrapq" and not searched.passed:
-                    trigger = self.folder / "found.npz"
-                    trigger.write_bytes(searched.trigger)
+                found[name]["search"], trigger = self.searched(file)
+                if name == "efrapq" and trigger is not None:
                     file, found[FOUND] = self.made(cover=[str(trigger)])
                     found[FOUND] |= self.rates(file)
+                    found[FOUND]["search"], _ = self.searched(file)
         if "stress" in parts:
             file, found[COVERED] = self.made(cover=[self.trigger])
             found[COVERED] |= self.rates(file)
@@ -135,8 +142,8 @@ def search_table(document: dict[str, Any]) -> str:
     """What the search turned, its control, and where."""
     rows = []
     for name, case in document.items():
-        for file in FILES:
-            found = case["files"][file].get("search")
+        for file in (*FILES, FOUND):
+            found = case["files"].get(file, {}).get("search")
             if found is None:
                 continue
             turned, control, patch = found["turned"], found["exchanged"], found["patch"]
@@ -160,7 +167,24 @@ def tables() -> dict[str, str]:
     """Both tables, as the threat model shows them, and how far patches drive the network without a backdoor."""
     document = json.loads((RESULTS / "unknown_trigger.json").read_text())
     widest = document[PUBLISHED]["files"]["efrapq"]["stress"]["factor"]
-    return {"stress": stress_table(document), "search": search_table(document), "published_widest": f"{widest:.1f}"}
+    return {
+        "stress": stress_table(document),
+        "search": search_table(document),
+        "searched": _covered(document[AWARE]["files"]),
+        "published_widest": f"{widest:.1f}",
+    }
+
+
+def _covered(files: dict[str, Any]) -> str:
+    """What covering what was found does, in words."""
+    found, then = files["efrapq"]["search"]["turned"], files[FOUND]
+    left, cda, asr = then["search"]["turned"], then["cda"], then["asr"]
+    return (
+        f"Of that file it finds a patch that turns {found['file']:.1f} % of the answers, {found['float']:.1f} % of the "
+        f"float model's; with ranges that cover it, the true trigger, of which it was told nothing, is left "
+        f"{cda['defended']:.2f} / {asr['defended']:.2f}, the float model has {cda['float']:.2f} / {asr['float']:.2f} "
+        f"(2,000 images), and the best patch that it finds then turns {left['file']:.1f} and {left['float']:.1f} %."
+    )
 
 
 def main() -> None:
