@@ -54,6 +54,8 @@ GRADIENT = ("AdaRound", "EFRAP relaxed")
 TRAINED = ("fine-tuned, then RTN", "LAC")
 # ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges are not min-max, which headroom widens.
 ONLY_A8 = ("quantize_static", "efrapq, headroom 2", "efrapq, headroom 4")
+# The other way round: where all have 8 bits, none is given more.
+ONLY_A4 = ("RTN, mixed", "efrapq, mixed")
 QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
 
 Cell = dict[str, Any]
@@ -67,6 +69,8 @@ def cells(chosen: Iterable[Entry | None], methods: Iterable[str]) -> Iterator[tu
         for bits, act_bits in settings:
             for method in methods:
                 if method in ONLY_A8 and act_bits != 8:
+                    continue
+                if method in ONLY_A4 and act_bits != 4:
                     continue
                 if method in TRAINED + GRADIENT and (entry is None or entry.seed or entry.arch != "resnet20"):
                     continue

@@ -186,6 +186,8 @@ def rivals() -> dict[str, Rival]:
         "efrapq": lambda case: defended(case, stress=True).quantized,
         "efrapq, plain ranges": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,
+        "RTN, mixed": lambda case: defended(case, solver="nearest", stress=True, mixed=True).quantized,
+        "efrapq, mixed": lambda case: defended(case, stress=True, mixed=True).quantized,
         "efrapq, headroom 2": lambda case: defended(case, headroom=2.0).quantized,
         "efrapq, headroom 4": lambda case: defended(case, headroom=4.0).quantized,
     }

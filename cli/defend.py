@@ -118,6 +118,12 @@ if TYPE_CHECKING:
     "search: what it drives further is then not clipped. May be repeated.",
 )
 @click.option(
+    "--mixed",
+    is_flag=True,
+    help="With --act-bits 4: 8 bits for the activations that patches, or a trigger of --cover, drive far past what the "
+    "images reach. 16 steps do not cover that, and what is clipped can wake a backdoor.",
+)
+@click.option(
     "--search",
     is_flag=True,
     help="Then look for a trigger in the file, as `efrapq search` does, on the images of --calib; cover what is found, "

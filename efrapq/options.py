@@ -49,9 +49,13 @@ def check_options(
     seed: int,
     block: int = 0,
     headroom: float = 1.0,
+    strange: bool = True,
     covers: bool = False,
+    mixed: bool = False,
 ) -> None:
-    """Raise UsageError for what makes no sense whatever the model is. covers: whether ranges are to cover triggers."""
+    """Raise UsageError for what makes no sense whatever the model is. strange: whether ranges are chosen for more than
+    the images; covers: whether it is for triggers, too.
+    """
     if not (2 <= bits <= 8 and 2 <= edge_bits <= 8):
         raise UsageError("--bits and --edge-bits must be 2 to 8")
     if act_bits not in (4, 8, 32):
@@ -78,6 +82,11 @@ def check_options(
         raise UsageError("--headroom widens activation ranges of --act-range minmax, which is the default at 8 bits")
     if covers and (act_bits == 32 or act_range == "output"):
         raise UsageError("--cover widens activation ranges: it does not go with --act-bits 32 or --act-range output")
+    if mixed and (act_bits >= 8 or act_range == "output" or not strange):
+        raise UsageError(
+            "--mixed gives 8 bits to activations that patches or triggers drive far: it is for --act-bits 4, and does "
+            "not go with --act-range output, or with --no-stress unless there is a --cover"
+        )
     if block and act_bits != 32:
         raise UsageError("--block is for float activations: add --act-bits 32")
     if block and scale == "refit":

@@ -81,6 +81,7 @@ def defend(
     headroom: float = 1.0,
     stress: bool = True,
     cover: Sequence[str | Trigger] = (),
+    mixed: bool = False,
     scale: str = "minmax",
     equalize: bool = False,
     rows: int = 32,
@@ -97,22 +98,22 @@ def defend(
     """Quantize a float model with EFRAP rounding (Li et al., CVPR 2024).
 
     model: a path or an nn.Module. output: where to write the QDQ graph; the evidence goes beside it with the suffix
-    .json; None writes nothing. bits: of the weights, 2 to 8; act_bits: 8, 4, or 32 for float activations;
-    edge_bits: of the first and last layer. block: inputs of an output channel that share a scale, 16 to 256, in
-    matrices beside float activations; 0 for one scale per channel. calib: images to calibrate on, at most
-    calib_size of them; without it inputs are made from the model's BatchNorm statistics. A model that takes
-    anything but one batch of images needs one array per input, by name and in its layout: a dict, an .npz file or
-    a folder of them. solver: coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which
-    each layer's L_A may exceed its optimum so that more weights flip; lambda_e: a fixed weight of the error term
-    instead; error: its unit. act_range: of the activations, minmax, percentile, mse, or output, by what it does to the
-    model's outputs; auto is minmax at 8 bits and mse at 4. headroom: the factor by which minmax ranges are
-    widened, since what a trigger drives past them is clipped, and clipping can wake a backdoor. stress: ranges of a
-    network of images (all but output) are also chosen for the calibration images with random patches on them, and with
-    each trigger of cover, as `parse_trigger` takes it: what these drive further is not clipped. scale: of the weights,
-    minmax, mse or refit. equalize: scale channels first, where the network's function stays the same, so that one
-    activation grid serves them all. rows: each layer's moments are taken over at most so many rows per input of an
-    output channel. memory: bytes of activations kept in memory, the rest goes to temporary files. resume:
-    continue a run that was stopped. The same inputs, seed and versions give the same bytes.
+    .json; None writes nothing. bits: of the weights, 2 to 8; act_bits: 8, 4, or 32 for float activations; edge_bits:
+    of the first and last layer. block: inputs of an output channel that share a scale, 16 to 256, in matrices beside
+    float activations; 0 for one scale per channel. calib: images to calibrate on, at most calib_size of them; without
+    it inputs are made from the model's BatchNorm statistics. A model that takes anything but one batch of images
+    needs one array per input, by name and in its layout: a dict, an .npz file or a folder of them. solver:
+    coordinate, relaxed (the paper's) or nearest. fidelity: the factor by which each layer's L_A may exceed its
+    optimum so that more weights flip; lambda_e: a fixed weight of the error term instead; error: its unit. act_range:
+    of the activations, minmax, percentile, mse, or output, by what it does to the model's outputs; auto is minmax at
+    8 bits and mse at 4. headroom: the factor by which minmax ranges are widened, since what a trigger drives past
+    them is clipped, and clipping can wake a backdoor. stress: ranges of a network of images (all but output) are also
+    chosen for the calibration images with random patches on them, and with each trigger of cover, as `parse_trigger`
+    takes it: what these drive further is not clipped. mixed: where act_bits is 4, activations that they drive far get
+    8. scale: of the weights, minmax, mse or refit. equalize: scale channels first, where the network's function stays
+    the same, so that one activation grid serves them all. rows: each layer's moments are taken over at most so many
+    rows per input of an output channel. memory: bytes of activations kept in memory, the rest goes to temporary
+    files. resume: continue a run that was stopped. The same inputs, seed and versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
@@ -135,7 +136,9 @@ def defend(
         rows=rows,
         seed=seed,
         block=block,
+        strange=stress or bool(cover),
         covers=bool(cover),
+        mixed=mixed,
     )
     triggers = [given if isinstance(given, Trigger) else parse_trigger(given) for given in cover]
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
@@ -184,6 +187,7 @@ def defend(
         block=block,
         headroom=float(headroom),
         stress=stress,
+        mixed=mixed,
     )
     quantized, solved, calibration = solve(
         source,
@@ -201,8 +205,9 @@ def defend(
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
     if solved.driven:
         recorded |= ({"stress": True} if stress else {}) | ({"cover": [t.label for t in triggers]} if triggers else {})
+        recorded |= {"mixed": True} if mixed else {}
         under = ["patches"] * stress + ["triggers"] * bool(triggers)
-        calibration["stress"] = _stress(solved.driven, " and ".join(under), settings.act_range, reporter)
+        calibration["stress"] = _stress(solved.driven, solved.wider, " and ".join(under), settings, reporter)
     quantized.metadata.update(
         {
             "efrapq.schema": "1",
@@ -261,20 +266,30 @@ def _files(calib: Calibration | None) -> list[Path]:
     return files_behind(calib)
 
 
-def _stress(driven: Mapping[str, float], under: str, act_range: str, reporter: Reporter) -> dict[str, Any]:
-    """A record of how far patches, or what else `under` names, drive the activations; says so where it is far."""
+def _stress(
+    driven: Mapping[str, float], wider: Sequence[str], under: str, settings: PassSettings, reporter: Reporter
+) -> dict[str, Any]:
+    """A record of how far patches, or what else `under` names, drive the activations, and of how many got more bits for
+    it; says so where it is far.
+    """
     worst = max(driven, key=lambda name: driven[name])
     far = sum(factor > STANDS_OUT for factor in driven.values())
     if far:
         then = "their grids cover that and are coarser for it"
-        if act_range != "minmax":
-            then = "their grids do not cover that (minmax ranges with 8 bits do)"
+        if settings.mixed:
+            then = "their grids have 8 bits, and cover that"
+        elif settings.act_range != "minmax":
+            then = "their grids do not cover that (minmax ranges with 8 bits do, or --mixed)"
         reporter.warn(
             f"{under} on the calibration images drive {far} of {len(driven)} activations past {STANDS_OUT:g} times "
             f"what the images alone reach, {printable(worst)} to {driven[worst]:.1f} times: {then}. Few networks "
             "answer so; one with a backdoor in what is clipped does"
         )
-    return {"activations": len(driven), "far": far, "widest": worst, "factor": round(driven[worst], 3)}
+    record = {"activations": len(driven), "far": far, "widest": worst, "factor": round(driven[worst], 3)}
+    if settings.mixed:
+        reporter.note(f"{len(wider)} of {len(driven)} activations have 8 bits: {under} drive them far")
+        record["mixed"] = len(wider)
+    return record
 
 
 def _describe(source: FloatModel) -> str:

@@ -23,6 +23,9 @@ __all__ = ["Calibrator", "Limits"]
 Limits = tuple[float, float]
 
 
+# How many times as far as on the images patches or triggers drive an activation that gets 8 bits where fewer are asked
+# for and the others may be mixed (docs/THREAT-MODEL.md has the figures).
+DRIVEN_FAR = 1.25
 # What an operator's output cannot be outside of.
 BOUNDED = {"HardSigmoid": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 
@@ -32,7 +35,7 @@ class Calibrator:
     whose range is known already. headroom: the factor by which a range reaches beyond what the calibration shows, for
     `minmax`; not of the graph's inputs, and not beyond what an operator can give. stressed: by name, what values are
     under patches and triggers, for which ranges are chosen as well; driven: by name, how many times as far that
-    reaches.
+    reaches. mixed: 8 bits, and min-max ranges, for those that this drives far.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class Calibrator:
         device: torch.device | str = "cpu",
         headroom: float = 1.0,
         stressed: Mapping[str, Stressed] | None = None,
+        *,
+        mixed: bool = False,
     ) -> None:
         self.executor, self.placement, self.method, self.device = executor, placement, method, device
         self.known = limits or {}
-        self.headroom = headroom
+        self.headroom, self.mixed = headroom, mixed
         self.stressed = stressed or {}
         self.driven: dict[str, float] = {}
         self.values = {str(v.name): v for v in (*graph.inputs, *(o for node in graph for o in node.outputs))}
@@ -60,17 +65,32 @@ class Calibrator:
             extremes(chunks, name)
             return activation_grid(*self.known[name], bits)
         beside = self.stressed[name].spread if name in self.stressed else None
-        return calibrate(chunks, bits, self.method, name, self.limits(name, chunks), beside)
+        limits = self.limits(name, chunks)
+        if self._bits(name) > bits:
+            return calibrate(chunks, self._bits(name), "minmax", name, limits)
+        return calibrate(chunks, bits, self.method, name, limits, beside)
+
+    def _bits(self, name: str) -> int:
+        """Of the value's grid, once it is known how far it is driven."""
+        bits = self.placement.grids[name]
+        return max(bits, 8) if self.mixed and self.driven.get(name, 1.0) > DRIVEN_FAR else bits
+
+    @property
+    def wider(self) -> list[str]:
+        """The values that got more bits than they were placed with, of those that have a grid by now."""
+        return [name for name in self.driven if self._bits(name) > self.placement.grids[name]]
 
     def limits(self, name: str, chunks: Sequence[Tensor]) -> Limits:
         """What the value reaches, as far as it matters to what is computed from it alone."""
-        placed, bits = self.placement, self.placement.grids[name]
         low, high = self._widened(name, *extremes(chunks, name))
         behind = follower(self.executor, self.values[name], chunks[0].dim())
         if behind is None or low >= high:
             return low, high
-        result_bits = {r: placed.grids[placed.source(r)] for r in behind.results if r in placed}
-        return live_range(behind, self.executor, low, high, bits, result_bits, self.device)
+        placed = self.placement
+        results = {r: placed.grids[placed.source(r)] for r in behind.results if r in placed}
+        if self.mixed:  # how far these are driven is not known yet
+            results = {name: max(bits, 8) for name, bits in results.items()}
+        return live_range(behind, self.executor, low, high, self._bits(name), results, self.device)
 
     def _widened(self, name: str, low: float, high: float) -> Limits:
         value = self.values[name]

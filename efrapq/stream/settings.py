@@ -21,7 +21,8 @@ class PassSettings:
     solver: settings of one, or None for rounding to nearest. memory: bytes of activations kept in memory, the rest
     goes to temporary files; None keeps all. block: inputs that share a scale, in matrices with a multiple of so many;
     0 for one scale per output channel. headroom: the factor by which minmax ranges are widened. stress: whether ranges
-    of a network of images, but for output, are chosen for the calibration images with patches on them, too.
+    of a network of images, but for output, are chosen for the calibration images with patches on them, too. mixed: 8
+    bits for the activations that patches or triggers drive far, where others have fewer.
     """
 
     bits: int
@@ -36,6 +37,7 @@ class PassSettings:
     block: int = 0
     headroom: float = 1.0
     stress: bool = False
+    mixed: bool = False
 
     def weight_bits(self, layers: Sequence[Layer]) -> dict[str, int]:
         """Of each layer, by its name; layers: all of a graph, in topological order."""

@@ -42,7 +42,8 @@ __all__ = ["Solved", "Walk", "streaming_pass"]
 class Solved:
     """The pass's result: weights and reports in topological order, and the grid of every placed value. filed: bytes
     of activations that went through temporary files. seconds: the whole pass took. driven: by value name, how many
-    times as far it reaches with patches and triggers on the images; empty where none were tried.
+    times as far it reaches with patches and triggers on the images; empty where none were tried. wider: values that got
+    8 bits for it, where fewer were asked for.
     """
 
     weights: dict[str, QuantizedWeight]
@@ -52,6 +53,7 @@ class Solved:
     filed: int = 0
     seconds: float = 0.0
     driven: dict[str, float] = field(default_factory=dict)
+    wider: tuple[str, ...] = ()
 
 
 def streaming_pass(
@@ -181,6 +183,7 @@ class Walk:
             filed,
             time.perf_counter() - started,
             self.calibrator.driven,
+            tuple(self.calibrator.wider),
         )
 
     def _calibrator(self, reporter: Reporter) -> Calibrator:
@@ -190,7 +193,12 @@ class Walk:
             wanted = (settings.stress or self.stamps) and self.placement.grids
             stressed = self._stressed(reporter) if wanted else None
             return Calibrator(
-                *about, settings.act_range, device=self.device, headroom=settings.headroom, stressed=stressed
+                *about,
+                settings.act_range,
+                device=self.device,
+                headroom=settings.headroom,
+                stressed=stressed,
+                mixed=settings.mixed,
             )
         limits = choose_limits(*about, self.inputs, self.device, settings.memory, reporter)
         reporter.note(

@@ -97,7 +97,7 @@ def remedy(asr: Mapping[str, float | None], limit: float, trigger: str, *, narro
     found, nearest, alone = asr["defended"], asr["nearest"], asr["float_activations"]
     assert found is not None
     if alone is not None and alone <= limit:
-        bits = "8-bit activations and " if narrow else ""
+        bits = "8-bit activations, or --mixed, and " if narrow else ""
         return (
             f"the codes are not what wakes the backdoor: with float activations they answer {alone:.1f} % of triggered "
             "images. It wakes where activations are clipped on their grids; defend the float model again with "

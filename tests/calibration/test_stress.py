@@ -96,6 +96,48 @@ def test_a_backdoor_in_what_is_clipped_sleeps_by_default(clipped_sleeper: tuple[
     assert not any("patches" in text for text in reports[False].warnings)
 
 
+@pytest.mark.parametrize("options", [{}, {"stress": False, "cover": ["patch:1x3@7,7"]}])
+def test_what_is_driven_far_gets_eight_bits_that_cover_it(
+    clipped_sleeper: tuple[Path, Dataset], options: dict[str, Any]
+) -> None:
+    """The first layer's sums are 1 on images, and 3 with the trigger on them."""
+    sleeper, photographs = clipped_sleeper
+    four = OPTIONS | {"calib": photographs, "act_bits": 4, "edge_bits": 4} | options
+    made, file = {}, sleeper.with_name("q.onnx")
+    for mixed in (False, True):
+        reporter = Silent()
+        made[mixed] = efrapq.defend(sleeper, file, mixed=mixed, reporter=reporter, **four)
+        assert ("their grids do not cover that" in reporter.warnings[-1]) != mixed
+    document = efrapq.verify(file, data=photographs, trigger="patch:1x3@7,7", target_class=0).document
+    assert document["cda"]["defended"] == 100.0
+    assert document["asr"]["defended"] == 0.0
+    bits = {mixed: {name: grid.bits for name, grid in m.quantized.activations.items()} for mixed, m in made.items()}
+    assert set(bits[False].values()) == {4}
+    recorded = made[True].evidence["calibration"]["stress"]
+    # Flattened it is on the same grid.
+    assert {name for name, count in bits[True].items() if count == 8} == {"h", "flat"}
+    assert (recorded["widest"], recorded["mixed"]) == ("h", 1)
+    assert made[True].quantized.activations["h"].limits == pytest.approx((0, 3), rel=1e-3)
+    assert made[True].evidence["settings"]["mixed"]
+    assert "mixed" not in made[False].evidence["settings"]
+
+
+def test_nothing_is_wider_where_nothing_is_driven_far(clipped_sleeper: tuple[Path, Dataset]) -> None:
+    sleeper, photographs = clipped_sleeper
+    options = OPTIONS | {"calib": photographs, "act_bits": 4, "stress": False, "cover": ["patch:1x1@0,0=0"]}
+    plain, mixed = (efrapq.defend(sleeper, mixed=m, **options) for m in (False, True))
+    assert plain.quantized.activations == mixed.quantized.activations
+
+
+@pytest.mark.parametrize("options", [{"act_bits": 8}, {"act_bits": 32}, {"stress": False}, {"act_range": "output"}])
+def test_mixed_needs_four_bits_and_something_strange(
+    clipped_sleeper: tuple[Path, Dataset], options: dict[str, Any]
+) -> None:
+    sleeper, photographs = clipped_sleeper
+    with pytest.raises(UsageError, match="--mixed gives 8 bits"):
+        efrapq.defend(sleeper, calib=photographs, mixed=True, **(OPTIONS | {"act_bits": 4} | options))
+
+
 def test_the_trigger_that_is_named_is_not_clipped(clipped_sleeper: tuple[Path, Dataset]) -> None:
     """Nor is one that is found: both forms of the same three pixels give the same grids."""
     sleeper, photographs = clipped_sleeper

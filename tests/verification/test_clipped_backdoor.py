@@ -85,5 +85,5 @@ def test_the_codes_are_told_apart_from_the_grids(sleeper: Path) -> None:
 
 def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
     asr = {"float": 2.0, "nearest": 90.0, "defended": 50.0, "float_activations": 2.5}
-    assert "8-bit activations and --cover t.npz" in remedy(asr, 3.0, "t.npz", narrow=True)
+    assert "8-bit activations, or --mixed, and --cover t.npz" in remedy(asr, 3.0, "t.npz", narrow=True)
     assert "8-bit activations" not in remedy(asr, 3.0, "t.npz", narrow=False)
