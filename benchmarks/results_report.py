@@ -279,6 +279,7 @@ def threats(table: Table) -> dict[str, str]:
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "headroom": _with_headroom(table, bases),
         "four_bits": _four_bits(table),
+        "mixed": _mixed(table),
         "clip_white": _sentence(table, [b for b in bases if b["attack"] == "adaptive-clip"]),
         "clip_checkered": _sentence(table, checkered),
         "clip_aware": _sentence(table, aware),
@@ -326,6 +327,26 @@ def _four_bits(table: Table) -> str:
         if plain["asr"] > b["float_asr"] + 1
     ]
     return f"on {len(found)} subjects that moves CDA by {mean(changed):+.2f} points on average. " + "; ".join(words)
+
+
+def _mixed(table: Table) -> str:
+    """What 8 bits for the activations that patches drive far do at W4A4: on all subjects, and where goals are missed."""
+    found = [
+        (b, ours, mixed)
+        for b in table.at(4, 4)
+        if conditioned(b) and (ours := table.get(b, OURS)) and (mixed := table.get(b, "efrapq, mixed"))
+    ]
+    changed = mean(mixed["cda"] - ours["cda"] for _, ours, mixed in found)
+    kept = [sum(all(met(b, cells[i])) for b, *cells in found) for i in (0, 1)]
+    words = [
+        f"{title(b)} has {_figures(mixed)} with it and {_figures(ours)} without, float {_float(b)}"
+        for b, ours, mixed in found
+        if not (all(met(b, ours)) and all(met(b, mixed)))
+    ]
+    return (
+        f"On {len(found)} subjects at W4A4 that moves CDA by {changed:+.2f} points on average, and the goals are kept on "
+        f"{kept[1]} instead of {kept[0]}. " + "; ".join(words)
+    )
 
 
 def _ours(cell: Cell | None) -> str:
