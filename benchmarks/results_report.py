@@ -330,7 +330,7 @@ def _four_bits(table: Table) -> str:
 
 
 def _mixed(table: Table) -> str:
-    """What 8 bits for the activations that patches drive far do at W4A4: on all subjects, and where goals are missed."""
+    """What 8 bits for activations that patches drive far do at W4A4: on all subjects, and where goals are missed."""
     found = [
         (b, ours, mixed)
         for b in table.at(4, 4)
@@ -344,8 +344,8 @@ def _mixed(table: Table) -> str:
         if not (all(met(b, ours)) and all(met(b, mixed)))
     ]
     return (
-        f"On {len(found)} subjects at W4A4 that moves CDA by {changed:+.2f} points on average, and the goals are kept on "
-        f"{kept[1]} instead of {kept[0]}. " + "; ".join(words)
+        f"On {len(found)} subjects at W4A4 that moves CDA by {changed:+.2f} points on average, and the goals are kept "
+        f"on {kept[1]} instead of {kept[0]}. " + "; ".join(words)
     )
 
 
