@@ -240,7 +240,7 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
         markup=False,
     )
     for search in evidence.get("searches", ()):
-        console.print(f"{_outcome(search)}", markup=False)
+        console.print(_outcome(search), markup=False)
     attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
