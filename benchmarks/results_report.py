@@ -334,7 +334,7 @@ def _mixed(table: Table) -> str:
     found = [
         (b, ours, mixed)
         for b in table.at(4, 4)
-        if conditioned(b) and (ours := table.get(b, OURS)) and (mixed := table.get(b, "efrapq, mixed"))
+        if b["float_asr"] <= 10 and (ours := table.get(b, OURS)) and (mixed := table.get(b, "efrapq, mixed"))
     ]
     changed = mean(mixed["cda"] - ours["cda"] for _, ours, mixed in found)
     kept = [sum(all(met(b, cells[i])) for b, *cells in found) for i in (0, 1)]
