@@ -67,8 +67,8 @@ def pictures(images) -> Dataset:
 
 
 def test_the_public_api_is_complete_and_nothing_else() -> None:
-    assert sorted(efrapq.__all__) == ["defend", "export", "load", "search_trigger", "verify"]
-    assert dir(efrapq) == ["defend", "export", "load", "search_trigger", "verify"]
+    assert sorted(efrapq.__all__) == ["defend", "defend_searched", "export", "load", "search_trigger", "verify"]
+    assert dir(efrapq) == ["defend", "defend_searched", "export", "load", "search_trigger", "verify"]
     assert all(callable(getattr(efrapq, name)) for name in efrapq.__all__)
     with pytest.raises(AttributeError):
         _ = efrapq.nonsense
