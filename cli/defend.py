@@ -239,9 +239,11 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
+    attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
     for search in evidence.get("searches", ()):
         console.print(_outcome(search), markup=False)
-    attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
+        if search["trigger"]:
+            attack = f" --trigger {printable(search['trigger'])} --target-class {search['target_class']}"
     console.print(
         f"next      efrapq verify {printable(evidence['output']['path'])} --data TEST.npz{attack}", markup=False
     )

@@ -110,6 +110,7 @@ def test_defend_searches_and_covers(
     assert found.endswith("q.trigger1.npz")
     assert nothing.startswith("searched  nothing was found: the best patch turns ")
     assert "or        efrapq search" not in ran.out
+    assert "q.trigger1.npz --target-class 0" in ran.out.splitlines()[-1]
     monkeypatch.setattr("efrapq.hunt.covered.COVERED", 0)
     ran = run(*arguments, "--json")
     assert ran.code == 1
