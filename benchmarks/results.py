@@ -52,10 +52,9 @@ CONTROL = "clean ResNet-20"
 # These take minutes a file: only for the first seed, on the smallest network.
 GRADIENT = ("AdaRound", "EFRAP relaxed")
 TRAINED = ("fine-tuned, then RTN", "LAC")
-# ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges are not min-max, which headroom widens.
-ONLY_A8 = ("quantize_static", "efrapq, headroom 2", "efrapq, headroom 4")
-# The other way round: where all have 8 bits, none is given more.
-ONLY_A4 = ("RTN, mixed", "efrapq, mixed")
+# The activation bits of methods that go with some alone: ONNX Runtime's tool has no 4-bit activations; at 4 bits ranges
+# are not min-max, which headroom widens; where all have 8 bits, none is given more.
+ONLY = {"quantize_static": 8, "efrapq, headroom 2": 8, "efrapq, headroom 4": 8, "RTN, mixed": 4, "efrapq, mixed": 4}
 QUICK_METHODS = ("RTN", "quantize_static", "noise, then RTN", "QVec 1", "coordinate, lambda_E = 0", "efrapq")
 
 Cell = dict[str, Any]
@@ -68,9 +67,7 @@ def cells(chosen: Iterable[Entry | None], methods: Iterable[str]) -> Iterator[tu
         settings = [(4, 8), (8, 8), (4, 4)] if entry is None else entry.settings
         for bits, act_bits in settings:
             for method in methods:
-                if method in ONLY_A8 and act_bits != 8:
-                    continue
-                if method in ONLY_A4 and act_bits != 4:
+                if ONLY.get(method, act_bits) != act_bits:
                     continue
                 if method in TRAINED + GRADIENT and (entry is None or entry.seed or entry.arch != "resnet20"):
                     continue

@@ -123,7 +123,8 @@ def implant_clip(
     begin(model, train, recipe, device, reporter)
 
     channels = train.data.raw([0]).shape[-1]
-    low, high = (train.tensor(np.full((1, 1, 1, channels), v, np.uint8), device).flatten().cpu() for v in (0, 255))
+    ends = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1).repeat(channels, 3)
+    low, high = train.tensor(ends, torch.device("cpu")).flatten(1)
     generator = torch.Generator().manual_seed(recipe.seed)
 
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
