@@ -17,6 +17,7 @@ __all__ = [
     "SOLVERS",
     "act_range_for",
     "available_memory",
+    "check_covering",
     "check_options",
     "memory_limit",
     "solver_settings",
@@ -80,8 +81,8 @@ def check_options(
         raise UsageError(f"--headroom must be 1 to {MOST_HEADROOM}: the factor by which activation ranges are widened")
     if headroom > 1 and (act_bits == 32 or act_range_for(act_range, act_bits) != "minmax"):
         raise UsageError("--headroom widens activation ranges of --act-range minmax, which is the default at 8 bits")
-    if covers and (act_bits == 32 or act_range == "output"):
-        raise UsageError("--cover widens activation ranges: it does not go with --act-bits 32 or --act-range output")
+    if covers:
+        check_covering("--cover", act_bits, act_range)
     if mixed and (act_bits >= 8 or act_range == "output" or not strange):
         raise UsageError(
             "--mixed gives 8 bits to activations that patches or triggers drive far: it is for --act-bits 4, and does "
@@ -91,6 +92,12 @@ def check_options(
         raise UsageError("--block is for float activations: add --act-bits 32")
     if block and scale == "refit":
         raise UsageError("--scale refit has one scale per output channel: leave out --block, or use --scale mse")
+
+
+def check_covering(option: str, act_bits: int, act_range: str) -> None:
+    """Raise UsageError where ranges cannot cover a trigger, which the option asks for."""
+    if act_bits == 32 or act_range == "output":
+        raise UsageError(f"{option} widens activation ranges: it does not go with --act-bits 32 or --act-range output")
 
 
 def act_range_for(act_range: str, act_bits: int) -> str:

@@ -13,7 +13,8 @@ from efrapq.data import Dataset
 from efrapq.errors import UsageError
 from efrapq.hunt.search import Found, search_trigger
 from efrapq.io import printable, write_atomic
-from efrapq.pipeline import Calibration, Defended, defend
+from efrapq.options import check_covering
+from efrapq.pipeline import Defended, defend
 from efrapq.progress import Reporter, Silent
 from efrapq.report.evidence import dumps
 from efrapq.trigger import Trigger
@@ -68,7 +69,9 @@ def defend_searched(
     """
     started = time.perf_counter()
     reporter = reporter or Silent()
-    _check(calib, options)
+    if calib is None or isinstance(calib, Mapping):
+        raise UsageError("--search looks for patches on images: pass some with --calib")
+    check_covering("--search", options.get("act_bits", 8), options.get("act_range", "auto"))
     output = Path(output)
     covers, searches = list(cover), list[Found]()
     free = (output.with_suffix(f".trigger{number}.npz") for number in count(1))
@@ -99,14 +102,6 @@ def defend_searched(
             return Searched(made, searches)
         reporter.note("once more, with activation ranges that cover it")
         covers.append(str(trigger))
-
-
-def _check(calib: Calibration | None, options: Mapping[str, Any]) -> None:
-    """Raise UsageError for what cannot be searched, or not be covered."""
-    if calib is None or isinstance(calib, Mapping):
-        raise UsageError("--search looks for patches on images: pass some with --calib")
-    if options.get("act_bits") == 32 or options.get("act_range") == "output":
-        raise UsageError("--search covers what it finds: it does not go with --act-bits 32 or --act-range output")
 
 
 def _record(made: Defended, searches: list[Found], seconds: float) -> None:
