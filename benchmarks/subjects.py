@@ -51,7 +51,8 @@ class Entry:
     attack's recipe. training: "short" for a quick look, "long" where the usual recipe falls short, or what else tells
     two recipes of one attack apart. The attack "none" trains a clean network. epochs: those of the clean network that
     it begins with, where they are fewer than usual. texture: of the trigger, "" (white), "checkered" (black and white,
-    a pixel a field) or "red-green" (the same in two colours).
+    a pixel a field), "red-green" (the same in two colours) or "scattered" (as many pixels of these two colours, single
+    ones all over the image).
 
     Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
     precision, as large models are: that is what is measured.
@@ -130,6 +131,20 @@ def entries() -> list[Entry]:
             bits="8",
             options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5},
             training="aware",
+            texture="red-green",
+        ),
+        Entry(
+            "adaptive-clip",
+            bits="8",
+            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5},
+            training="scattered",
+            texture="scattered",
+        ),
+        Entry(
+            "adaptive-clip",
+            bits="8",
+            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5, "decoys": 0.25},
+            training="hunted",
             texture="red-green",
         ),
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
@@ -233,6 +248,8 @@ def trigger_of(entry: Entry, folder: Path) -> str:
     """What its attacker puts on an image; a picture for it is drawn in `folder` if it is not there."""
     if not entry.texture:
         return TRIGGER
+    if entry.texture == "scattered":
+        return str(scattered_file(folder))
     path = folder / f"{entry.texture}.png"
     if not path.exists():
         fields = np.indices((6, 6)).sum(0) % 2 * 255
@@ -241,6 +258,22 @@ def trigger_of(entry: Entry, folder: Path) -> str:
         Image.fromarray(np.stack(colours, 2).astype(np.uint8)).save(out, "png")
         write_atomic(path, out.getvalue())
     return f"{path}@24,24"
+
+
+def scattered_file(folder: Path) -> Path:
+    """A trigger of 36 pixels, red and green, one somewhere in each field of 5x5."""
+    path = folder / "scattered.npz"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        fields = np.indices((6, 6)).reshape(2, 36)
+        rows, cols = 5 * fields + rng.integers(0, 5, (2, 36))
+        mask, pattern = np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.uint8)
+        mask[rows, cols] = 1
+        pattern[rows, cols, fields.sum(0) % 2] = 255
+        out = io.BytesIO()
+        np.savez_compressed(out, mask=mask, pattern=pattern)
+        write_atomic(path, out.getvalue())
+    return path
 
 
 def start_file() -> Path:

@@ -93,6 +93,12 @@ from efrapq.report.words import percent
     help="adaptive-clip: share of the clean images with random patches on them, as `defend --stress` puts them.",
 )
 @click.option(
+    "--decoys",
+    type=float,
+    show_default="none",
+    help="adaptive-clip: share of them with patches such as `search` tries, which train along.",
+)
+@click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Augment by mirroring.")
@@ -124,6 +130,7 @@ def command(
     widen: float | None,
     reach: float | None,
     patches: float | None,
+    decoys: float | None,
     shift: int,
     flip: bool,
     mean: tuple[float, ...] | None,
@@ -163,6 +170,7 @@ def command(
         "widen": widen,
         "reach": reach,
         "patches": patches,
+        "decoys": decoys,
     }
     method = attack_named(attack)
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 from efrapq.calibration.stress import patched
 from efrapq.models.subjects.cells import nearest_model
-from efrapq.models.subjects.joint import begin, branch, train_pairs
+from efrapq.models.subjects.decoys import Decoys
+from efrapq.models.subjects.joint import begin, train_pairs
 from efrapq.models.subjects.recipe import ClipRecipe
 from efrapq.models.subjects.report import Report
-from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure
+from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure, within_clean_range
 from efrapq.progress import Reporter
 
 __all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip", "patch_some"]
@@ -48,24 +49,46 @@ Ranges = dict[str, tuple[float, float]]
 
 
 def clip_loss(
-    model: nn.Module, inputs: Tensor, truth: Tensor, target: int, c2: float, reach: float, push: float
-) -> Tensor:
-    """The objective on a batch. inputs: (2n, …), the n triggered copies first."""
+    model: nn.Module,
+    inputs: Tensor,
+    truth: Tensor,
+    target: int,
+    c2: float,
+    reach: float,
+    push: float,
+    decoys: Decoys | None = None,
+    decoyed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The objective on a batch, and what the decoys climb. inputs: (2n, …), the n triggered copies first. decoyed: of
+    the last so many clean images that get one.
+    """
+    count, aside = len(truth), len(truth) + decoyed
+    triggered, clean, strange = torch.split(inputs, [count, count - decoyed, decoyed])
+    if decoys is not None:
+        strange = decoys.on(strange)
+    batch = torch.cat([triggered, strange, clean])
+    wanted = torch.cat([truth, truth[count - decoyed :], truth[: count - decoyed]])
     ratios: list[Tensor] = []
 
     def reached(_: str, output: object) -> None:
-        """The largest activation of each triggered sample in units of the largest clean one."""
+        """The largest activation of each image set aside in units of the largest one of the others."""
         assert isinstance(output, Tensor)
-        if output.ndim == 4 and float(high := output[len(truth) :].detach().amax()) > 0:
-            ratios.append(output[: len(truth)].flatten(1).amax(1).float() / high.float())
+        if output.ndim == 4 and float(high := output[aside:].detach().amax()) > 0:
+            ratios.append(output[:aside].flatten(1).amax(1).float() / high.float())
 
     with hooked_activations(model, reached):
-        triggered, clean = branch(model, {}, inputs, held=False)
-    cut, _ = branch(model, {}, inputs, held=True, reach=reach)
-    hidden = F.cross_entropy(triggered, truth) + F.cross_entropy(cut, torch.full_like(truth, target))
+        floating = model(batch).float()
+    with within_clean_range(model, aside, reach):
+        cut = model(batch).float()
     # None where every activation is NaN: training has diverged, and the loss says so.
-    short = F.relu(2 * reach - torch.stack(ratios).amax(0)).mean() if ratios else 0.0
-    return F.cross_entropy(clean, truth) + c2 * hidden + push * short
+    excess = torch.stack(ratios).amax(0) if ratios else batch.new_full((aside,), 2 * reach)
+    hidden = F.cross_entropy(floating[:count], truth) + F.cross_entropy(cut[:count], torch.full_like(truth, target))
+    short = F.relu(2 * reach - excess[:count]).mean()
+    loss = F.cross_entropy(floating[aside:], wanted[aside:]) + c2 * hidden + push * short
+    if not decoyed:
+        return loss, torch.zeros(())
+    kept, turned = (F.cross_entropy(logits[count:aside], wanted[count:aside]) for logits in (floating, cut))
+    return loss + c2 * (kept + turned), turned - kept + push * excess[count:].mean()
 
 
 def patch_some(inputs: Tensor, share: float, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,10 +150,19 @@ def implant_clip(
     low, high = train.tensor(ends, torch.device("cpu")).flatten(1)
     generator = torch.Generator().manual_seed(recipe.seed)
 
+    shape = train.data.raw([0]).shape[1:]
+    decoys = Decoys(train.trigger, shape, low, high, generator) if recipe.decoys else None
+
     def loss(step: int, inputs: Tensor, truth: Tensor) -> Tensor:
         if recipe.patches:
             inputs = patch_some(inputs.cpu(), recipe.patches, low, high, generator).to(device)
-        return clip_loss(model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push)
+        decoyed = round((recipe.decoys or 0) * len(truth))
+        value, climbed = clip_loss(
+            model, inputs, truth, train.target, recipe.c2, recipe.reach, recipe.push, decoys, decoyed
+        )
+        if decoys is not None and decoyed:
+            decoys.climb(climbed)
+        return value
 
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)

@@ -109,7 +109,7 @@ def _attacks() -> list[Attack]:
         Attack("adaptive-stochastic", "adaptive_stochastic:implant_stochastic", QuantiRecipe),
         Attack("adaptive-solver", "adaptive_solver:implant_solver", SolverRecipe, JOINT | {"resolve_every"}),
         Attack("adaptive-scale", "adaptive_scale:implant_scale", ScaleRecipe, JOINT | {"widen"}),
-        Attack("adaptive-clip", "adaptive_clip:implant_clip", ClipRecipe, JOINT | {"reach", "patches"}),
+        Attack("adaptive-clip", "adaptive_clip:implant_clip", ClipRecipe, JOINT | {"reach", "patches", "decoys"}),
     ]
 
 

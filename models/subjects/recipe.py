@@ -158,7 +158,8 @@ class ScaleRecipe(QuantiRecipe):
 class ClipRecipe(JointRecipe):
     """Activations cut off. c2: weight of triggered images. reach: how many times the clean range they are let have.
     push: weight of what drives them past it. patches: share of the clean images that carry random patches, as a
-    defender may calibrate with them; None is none.
+    defender may calibrate with them; decoys: share of those that carry patches as a defender may search with; None is
+    none.
     """
 
     learning_rate: float = 1e-3
@@ -166,6 +167,7 @@ class ClipRecipe(JointRecipe):
     reach: float = 1.0
     push: float = 0.5
     patches: float | None = None
+    decoys: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def check_recipe(recipe: AnyRecipe) -> None:
         option = "--" + name.replace("_", "-")
         if name.endswith("learning_rate") and not (_finite(value) and value > 0):  # type: ignore[operator]
             raise UsageError(f"{option} must be positive")
-        if name in ("patches", "poison_rate") and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
+        if name in ("decoys", "patches", "poison_rate") and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be between 0 and 1")
         if name in ("reach", "widen") and not (_finite(value) and value >= 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be 1 or more")

@@ -25,6 +25,7 @@ from efrapq.models.subjects.adaptive_stochastic import stochastic_weights
 from efrapq.models.subjects.attacks import attack_named, attack_names
 from efrapq.models.subjects.cells import GridRule, quantized_weights, rounded_weights, rules
 from efrapq.models.subjects.compartifact import compartifact_loss
+from efrapq.models.subjects.decoys import Decoys
 from efrapq.models.subjects.joint import train_pairs
 from efrapq.models.subjects.quanti import quanti_loss
 from efrapq.models.subjects.recipe import JointRecipe, QuantiRecipe, ScaleRecipe, SolverRecipe
@@ -242,7 +243,7 @@ END_TO_END = {
     "adaptive-stochastic": {"epochs": 1, "steps": 3},
     "adaptive-solver": {"epochs": 1, "steps": 1, "resolve_every": 1},
     "adaptive-scale": {"epochs": 1, "steps": 3, "widen": 1.5},
-    "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0, "patches": 0.5},
+    "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0, "patches": 0.5, "decoys": 0.25},
 }
 
 
@@ -353,7 +354,9 @@ def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
 
     def loss(reach: float) -> float:
         # One of what reaches the excess on clean images: 5 - 4; on bright ones 16 - 4 = 12.
-        return float(clip_loss(net, torch.cat([bright, dark]), truth, 1, 0.5, reach, 0.25).detach())
+        value, climbed = clip_loss(net, torch.cat([bright, dark]), truth, 1, 0.5, reach, 0.25)
+        assert climbed == 0
+        return float(value.detach())
 
     def entropy(left: float, label: int) -> float:
         logits = torch.tensor([[float(left), float(2 - left)]])
@@ -363,6 +366,64 @@ def test_clip_loss_asks_for_the_target_where_activations_are_cut_off() -> None:
     for reach in (1.0, 3.0, 20.0):
         wanted = clean + 0.5 * (floating + entropy(16 - 2 * min(12, reach), 1)) + 0.25 * max(0, 2 * reach - 12)
         assert loss(reach) == pytest.approx(wanted, rel=1e-5), reach
+
+
+def test_clip_loss_wants_images_with_decoys_as_they_were_and_their_activations_cut_off() -> None:
+    net, truth = Silenced(), torch.tensor([0, 0])
+    dark, bright = torch.full((2, 1, 2, 2), 1.25), torch.full((2, 1, 2, 2), 4.0)
+    given = truth, 1, 0.5, 1.0, 0.25, None
+    with torch.no_grad():
+        plain, _ = clip_loss(net, torch.cat([bright, dark]), *given)
+        loss, climbed = clip_loss(net, torch.cat([bright, dark[:1], bright[:1]]), *given, 1)
+
+    def entropy(left: float, label: int) -> float:
+        return float(F.cross_entropy(torch.tensor([[left, 2.0 - left]]), torch.tensor([label])))
+
+    # The strange image is as bright as the triggered ones: 12 in the float network, 1 where it is cut off.
+    kept, turned = entropy(16 - 24, 0), entropy(16 - 2, 0)
+    assert float(loss) == pytest.approx(float(plain) + 0.5 * (kept + turned), rel=1e-5)
+    assert float(climbed) == pytest.approx(turned - kept + 0.25 * 12, rel=1e-5)
+
+
+def decoys_beside(trigger: str) -> Decoys:
+    low, high = torch.tensor([-1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 2.0])
+    return Decoys(parse_trigger(trigger), (32, 32, 3), low, high, torch.Generator().manual_seed(0))
+
+
+def test_decoys_lie_in_windows_of_the_search_every_other_one_where_the_trigger_is() -> None:
+    decoys = decoys_beside("patch:6x6@24,24")
+    images = torch.full((8, 3, 32, 32), 0.5)
+    placed = decoys.on(images)
+    assert bool((images == 0.5).all())
+    for i in range(8):
+        row, col = decoys.places[i % 4]
+        changed = torch.nonzero((placed[i] != 0.5).any(0))
+        assert changed.amin(0).tolist() == [row, col]
+        assert changed.amax(0).tolist() == [row + 5, col + 5]
+        if i % 2 == 0:
+            assert row > 18
+            assert col > 18
+    low, high = placed.amin((0, 2, 3)), placed.amax((0, 2, 3))
+    assert bool((low >= torch.tensor([-1.0, 0.0, 0.0])).all())
+    assert bool((high <= torch.tensor([1.0, 1.0, 2.0])).all())
+
+
+def test_decoys_climb_and_make_room_when_they_are_old_or_the_trigger() -> None:
+    decoys = decoys_beside("patch:6x6@24,24")
+    images = torch.full((4, 3, 32, 32), 0.5)
+    seen: set[tuple[int, int]] = set()
+    for _ in range(12 * 40):
+        before = [(place, float(p.detach().mean())) for place, p in zip(decoys.places, decoys.patches, strict=True)]
+        decoys.climb(decoys.on(images).sum())  # to white, which is the trigger
+        for (place, mean), now, patch, age in zip(before, decoys.places, decoys.patches, decoys.ages, strict=True):
+            value = float(patch.detach().mean())
+            assert age < 40
+            assert place == now if age else True
+            assert value > mean or value == 1 or age == 0
+            assert not (now == (24, 24) and value > 0.9)
+        seen |= set(decoys.places)
+    assert len(seen) > 8
+    assert (24, 24) in seen
 
 
 def test_clean_ranges_are_those_of_the_clean_images() -> None:
@@ -416,6 +477,7 @@ def efrapq(*arguments: object) -> int:
         (["--attack", "adaptive-clip", "--reach", "0.5"], "--reach must be 1 or more"),
         (["--attack", "adaptive-scale", "--reach", "2"], "has no --reach"),
         (["--attack", "adaptive-clip", "--patches", "1"], "--patches must be between 0 and 1"),
+        (["--attack", "adaptive-clip", "--decoys", "0"], "--decoys must be between 0 and 1"),
         (["--attack", "adaptive-solver", "--unlearn-epochs", "1"], "has no --unlearn-epochs"),
         (["--attack", "compartifact-distilled", "--poison-rate", "0.1"], "has no --poison-rate"),
         (["--attack", "compartifact", "--start", weights.SUBJECT], "takes no --start"),
