@@ -7,7 +7,7 @@ Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoo
 efrapq's, with the ranges that calibration shows, with those under patches, and with those that cover the trigger
 itself. stress: their CDA and ASR. search: what `efrapq search` finds in the first three, and where it finds something
 in the third, which is the default, CDA and ASR of a file whose ranges cover what was found, and what it finds there:
-what `defend --search` does. A subject is whatever lies
+what `defend --search` does. guard: the third one with `--guard`. A subject is whatever lies
 in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind of CPU.
 Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
 """
@@ -51,7 +51,7 @@ FILES: dict[str, dict[str, Any]] = {
     "efrapq, plain ranges": {"stress": False},
     "efrapq": {},
 }
-COVERED, FOUND = "--cover TRIGGER", "--cover what was found"
+COVERED, FOUND, GUARDED = "--cover TRIGGER", "--cover what was found", "--guard"
 
 
 def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, Entry | None]]:
@@ -93,7 +93,8 @@ class Subject:
     def rates(self, file: Path) -> dict[str, Any]:
         given: dict[str, Any] = {"data": self.test, "trigger": self.trigger, "target_class": TARGET}
         document = efrapq.verify(file, float_model=self.path, **given).document
-        return {key: document[key] for key in ("cda", "asr", "agreement")}
+        found = {key: document[key] for key in ("cda", "asr", "agreement")}
+        return found if document["clipped"] is None else found | {"clipped": document["clipped"]}
 
     def searched(self, file: Path) -> tuple[dict[str, Any], Path | None]:
         """What the search says of a file, and the trigger that it found, if it did."""
@@ -108,7 +109,7 @@ class Subject:
     def measure(self, parts: list[str]) -> dict[str, Any]:
         """Of all its files."""
         found: dict[str, Any] = {}
-        for name, options in FILES.items():
+        for name, options in FILES.items() if parts != ["guard"] else ():
             file, found[name] = self.made(**options)
             if "stress" in parts:
                 found[name] |= self.rates(file)
@@ -121,6 +122,9 @@ class Subject:
         if "stress" in parts:
             file, found[COVERED] = self.made(cover=[self.trigger])
             found[COVERED] |= self.rates(file)
+        if "guard" in parts:
+            file, found[GUARDED] = self.made(guard=True)
+            found[GUARDED] |= self.rates(file)
         return found
 
 
@@ -163,13 +167,37 @@ def search_table(document: dict[str, Any]) -> str:
     return markdown([*header, "verdict"], rows)
 
 
+def guard_table(document: dict[str, Any]) -> str:
+    """Which answers a guarded file says were clipped, and what the others are."""
+    rows = []
+    for name, case in document.items():
+        found = case["files"].get(GUARDED)
+        if found is None:
+            continue
+        cda, asr, clipped = found["cda"], found["asr"], found["clipped"]
+        rows.append(
+            [
+                _title(name),
+                f"W{case['bits']}A8",
+                f"{cda['float']:.2f} / {asr['float']:.2f}",
+                f"{cda['defended']:.2f} / {asr['defended']:.2f}",
+                f"{clipped['clean']:.2f}",
+                f"{clipped['triggered']:.2f}",
+                f"{clipped['asr']:.2f}",
+            ]
+        )
+    header = ["subject", "bits", "float", "the file", "clipped: clean", "with the trigger", "ASR, nothing clipped"]
+    return markdown(header, rows)
+
+
 def tables() -> dict[str, str]:
-    """Both tables, as the threat model shows them, and how far patches drive the network without a backdoor."""
+    """The tables, as the threat model shows them, and how far patches drive the network without a backdoor."""
     document = json.loads((RESULTS / "unknown_trigger.json").read_text())
     widest = document[PUBLISHED]["files"]["efrapq"]["stress"]["factor"]
     return {
         "stress": stress_table(document),
         "search": search_table(document),
+        "guard": guard_table(document),
         "searched": _covered(document[AWARE]["files"]),
         "published_widest": f"{widest:.1f}",
     }
@@ -190,7 +218,7 @@ def _covered(files: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="SUBJECT")
-    parser.add_argument("--only", choices=["stress", "search"])
+    parser.add_argument("--only", choices=["stress", "search", "guard"])
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER")
     args = parser.parse_args()
     known = RESULTS / "unknown_trigger.json"
@@ -204,7 +232,7 @@ def main() -> None:
         trigger = TRIGGER if entry is None else trigger_of(entry, args.data)
         with tempfile.TemporaryDirectory() as folder:
             subject = Subject(path, bits, trigger, images, test, Path(folder))
-            found = subject.measure([args.only] if args.only else ["stress", "search"])
+            found = subject.measure([args.only] if args.only else ["stress", "search", "guard"])
         case = document.get(name, {})
         if case.get("sha256") != sha256:
             case = {"sha256": sha256, "bits": bits, "files": {}}

@@ -124,6 +124,12 @@ if TYPE_CHECKING:
     "images reach. 16 steps do not cover that, and what is clipped can wake a backdoor.",
 )
 @click.option(
+    "--guard",
+    is_flag=True,
+    help="Give the file a second output, `clipped`: for each sample, at how many ends of activation grids it arrived. "
+    "Where it is 0 nothing was clipped, and no backdoor can have woken by that; do not use the other answers.",
+)
+@click.option(
     "--search",
     is_flag=True,
     help="Then look for a trigger in the file, as `efrapq search` does, on the images of --calib; cover what is found, "

@@ -14,6 +14,7 @@ from efrapq.cli.console import TerminalReporter, out, table
 from efrapq.cli.options import HELP, json_option, model_options, preprocess_from, preprocess_options, quiet_option
 from efrapq.io.text import printable
 from efrapq.report.costs import (
+    clipped_words,
     codes_words,
     conversions_words,
     macs_words,
@@ -120,6 +121,9 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     for label, key in (("accuracy (CDA)", "cda"), ("attack success (ASR)", "asr")):
         values = document[key]
         figures.add_row(label, *(percent(values[k]) for k in ("float", "nearest", "defended")))
+    clipped = document["clipped"]
+    if clipped is not None and clipped["asr"] is not None:
+        figures.add_row("ASR, nothing clipped", "", "", percent(clipped["asr"]))
     if (alone := document["asr"]["float_activations"]) is not None:
         figures.add_row("ASR, float activations", "", "", percent(alone))
     latency = document["latency_ms"]
@@ -147,6 +151,8 @@ def print_verification(document: dict[str, Any], console: Console) -> None:
     console.print(f"memory     {memory_words(document)}", markup=False)
     if document["saturation"]:
         console.print(f"saturation {saturation_words(document)}; --target ort-avx2 cannot", markup=False)
+    if clipped is not None:
+        console.print(f"clipped    {clipped_words(clipped)}", markup=False)
     if document["agreement"] is not None:
         console.print(
             f"agreement  {percent(document['agreement'])} of top-1 answers are the float model's", markup=False

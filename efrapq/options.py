@@ -53,6 +53,7 @@ def check_options(
     strange: bool = True,
     covers: bool = False,
     mixed: bool = False,
+    guard: bool = False,
 ) -> None:
     """Raise UsageError for what makes no sense whatever the model is. strange: whether ranges are chosen for more than
     the images; covers: whether it is for triggers, too.
@@ -87,6 +88,11 @@ def check_options(
         raise UsageError(
             "--mixed gives 8 bits to activations that patches or triggers drive far: it is for --act-bits 4, and does "
             "not go with --act-range output, or with --no-stress unless there is a --cover"
+        )
+    if guard and (act_bits != 8 or act_range_for(act_range, act_bits) != "minmax"):
+        raise UsageError(
+            "--guard tells answers by what was clipped, which of ordinary images is next to nothing with --act-bits 8 "
+            "and --act-range minmax alone"
         )
     if block and act_bits != 32:
         raise UsageError("--block is for float activations: add --act-bits 32")

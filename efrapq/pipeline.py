@@ -82,6 +82,7 @@ def defend(
     stress: bool = True,
     cover: Sequence[str | Trigger] = (),
     mixed: bool = False,
+    guard: bool = False,
     scale: str = "minmax",
     equalize: bool = False,
     rows: int = 32,
@@ -110,15 +111,18 @@ def defend(
     them is clipped, and clipping can wake a backdoor. stress: ranges of a network of images (all but output) are also
     chosen for the calibration images with random patches on them, and with each trigger of cover, as `parse_trigger`
     takes it: what these drive further is not clipped. mixed: where act_bits is 4, activations that they drive far get
-    8. scale: of the weights, minmax, mse or refit. equalize: scale channels first, where the network's function stays
-    the same, so that one activation grid serves them all. rows: each layer's moments are taken over at most so many
-    rows per input of an output channel. memory: bytes of activations kept in memory, the rest goes to temporary
-    files. resume: continue a run that was stopped. The same inputs, seed and versions give the same bytes.
+    8. guard: the file gets a second output, `clipped`, which counts for each sample the ends of activation grids
+    that it arrives at: where it is 0 nothing was clipped. scale: of the weights, minmax, mse or refit. equalize:
+    scale channels first, where the network's function stays the same, so that one activation grid serves them all.
+    rows: each layer's moments are taken over at most so many rows per input of an output channel. memory: bytes of
+    activations kept in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same
+    inputs, seed and versions give the same bytes.
 
     Raises EfrapqError (see `efrapq.errors`) for whatever is wrong with the inputs.
     """
     from efrapq.device import resolve_device
-    from efrapq.exporters import native_target, profile
+    from efrapq.exporters import PROFILES, native_target, profile
+    from efrapq.exporters.guard import GUARD_KEY, plan_guard
     from efrapq.stream import PassSettings
 
     started = time.perf_counter()
@@ -139,12 +143,15 @@ def defend(
         strange=stress or bool(cover),
         covers=bool(cover),
         mixed=mixed,
+        guard=guard,
     )
     triggers = [given if isinstance(given, Trigger) else parse_trigger(given) for given in cover]
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
     target = target or native_target(platform.machine(), describe_cpu()[1])
-    profile(target)
+    if guard and not profile(target).guards:
+        known = ", ".join(name for name, rules in PROFILES.items() if rules.guards)
+        raise UsageError(f"--guard: {target} takes no output that is computed from codes; these do: {known}")
     inputs = [Path(model)] if isinstance(model, str | Path) else []
     inputs += [t.path for t in triggers if t.path is not None]
     evidence_path = None
@@ -203,6 +210,7 @@ def defend(
         cover=triggers,
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
+    recorded |= {"guard": True} if guard else {}
     if solved.driven:
         recorded |= ({"stress": True} if stress else {}) | ({"cover": [t.label for t in triggers]} if triggers else {})
         recorded |= {"mixed": True} if mixed else {}
@@ -218,6 +226,8 @@ def defend(
             "efrapq.calibration": json.dumps(calibration, sort_keys=True),
         }
     )
+    if guard:
+        quantized.metadata[GUARD_KEY] = plan_guard(quantized).to_json()
     if effective is not None:
         layout = image_layout(model_inputs(source.proto, source.name))
         quantized.metadata[PREPROCESS_KEY] = effective.in_layout(layout).to_json()

@@ -19,6 +19,7 @@ PROFILE = Profile(
     signed_activations=True,
     int4_through_cast=True,
     pads_codes=True,
+    guards=True,
     rules=(
         Rule("Activations are int8, as the weights are (S8S8)", QUANTIZATION, activations_typed(TensorProto.INT8)),
         *ORT_CPU_RULES,

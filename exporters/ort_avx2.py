@@ -23,6 +23,7 @@ PROFILE = replace(
     summary="ONNX Runtime, x86 CPU without VNNI: exact sums, integer kernels for 8- and 4-bit weights",
     unsigned_weights=True,
     pair_sums_saturate=False,
+    guards=True,
     rules=(
         ort_x86.UINT8_ACTIVATIONS,
         *ort_x86.SHARED_RULES,

@@ -48,5 +48,6 @@ PROFILE = Profile(
     int4_through_cast=True,
     pads_codes=True,
     pair_sums_saturate=True,
+    guards=True,
     rules=(UINT8_ACTIVATIONS, *ORT_CPU_RULES),
 )

@@ -16,6 +16,7 @@ PROFILE = Profile(
     name="portable",
     summary="standard QDQ without runtime-specific forms, 4-bit weights on float kernels in ONNX Runtime",
     four_bit_activations="uint4",
+    guards=True,
     rules=(
         Rule("Activations are uint8 or uint4", QUANTIZE, activations_typed(TensorProto.UINT8, TensorProto.UINT4)),
         Rule("Scales are constant and positive", DEQUANTIZE, scales_positive),

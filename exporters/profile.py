@@ -34,6 +34,8 @@ class Profile:
     int32_bias_ops: the operators whose bias is int32 beside a quantized input; elsewhere it stays float32.
     unsigned_weights: a weight whose pairs of products would leave int16 on x86 without VNNI is uint8, around 128.
 
+    guards: an output may be computed from codes (`exporters.guard`).
+
     fixed_shapes: the batch is 1 and no size is dynamic. pair_sums_saturate: the runtime's kernels on x86 without VNNI
     add pairs of products in int16. rules: what `lint` checks.
     """
@@ -49,6 +51,7 @@ class Profile:
     pads_codes: bool = False
     int32_bias_ops: frozenset[str] = frozenset({"Conv", "Gemm"})
     unsigned_weights: bool = False
+    guards: bool = False
     fixed_shapes: bool = False
     pair_sums_saturate: bool = False
     rules: tuple[Rule, ...] = ()

@@ -7,6 +7,7 @@ DequantizeLinear → `x.real`. `efrapq.exporters.readback` relies on the structu
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from efrapq.exporters.guard import GUARD_KEY, Guard, Watched, guard_of
 from efrapq.exporters.opset import to_opset
 from efrapq.exporters.profile import Profile
 from efrapq.exporters.saturation import saturating_layers
@@ -33,6 +35,7 @@ __all__ = ["INT4_OPSET", "INT8_OPSET", "build", "build_parts"]
 
 INT8_OPSET = 17
 INT4_OPSET = 21
+REDUCE_AXES_ARE_INPUTS = 18
 SETTINGS_KEY = "efrapq.settings"
 # A signed code is the unsigned one less this.
 SIGNED = 128
@@ -69,13 +72,17 @@ def _built(quantized: QuantizedModel, profile: Profile) -> ir.Model:
     model = to_opset(quantized.model, INT4_OPSET if int4 or uint4 or blocks else INT8_OPSET)
     # A conversion adds nodes without names; reading back would name them, and the file written again would differ.
     name_nodes(model.graph)
-    writer = _Writer(model.graph, quantized, profile, grids, int4)
+    writer = _Writer(model.graph, quantized, profile, grids, int4, model.opset_imports[""])
     writer.write()
+    guard = writer.write_guard()
     model.producer_name, model.producer_version = "efrapq", ""
     model.metadata_props.clear()
     model.metadata_props.update(dict(sorted(quantized.metadata.items())))
     if SETTINGS_KEY in model.metadata_props:
         model.metadata_props[SETTINGS_KEY] = _retarget(model.metadata_props[SETTINGS_KEY], profile.name)
+    model.metadata_props.pop(GUARD_KEY, None)
+    if guard is not None:
+        model.metadata_props[GUARD_KEY] = guard.to_json()
     model.metadata_props["efrapq.target"] = profile.name
     model.metadata_props["efrapq.bits"] = json.dumps({n: w.bits for n, w in quantized.weights.items()})
     return model
@@ -113,12 +120,14 @@ class _Writer:
         profile: Profile,
         grids: dict[str, ActivationGrid],
         int4: set[str],
+        opset: int,
     ) -> None:
         self.graph = graph
         self.quantized = quantized
         self.profile = profile
         self.grids = grids
         self.int4 = int4
+        self.opset = opset
         self.unsigned = {s.layer for s in saturating_layers(quantized)} if profile.unsigned_weights else set()
         self.nodes = {str(node.name): node for node in graph}
         self.node_names = set(self.nodes)
@@ -128,6 +137,10 @@ class _Writer:
         self.copies: list[ir.Value] = []
         # By the name of what a Pad makes: the codes that it pads, their scale and zero_point.
         self.padded: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self.guard = guard_of(quantized.metadata) if profile.guards else None
+        # Codes that can be at an end of their grid.
+        self.watched: list[tuple[ir.Value, Watched]] = []
+        self.axes: dict[int, ir.Value] = {}
 
     @property
     def offset(self) -> int:
@@ -157,7 +170,9 @@ class _Writer:
     def _constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:
         return const.initializer(self.graph, const.fresh_name(self.graph, name), data)
 
-    def _emit(self, op: str, inputs: list[ir.Value], wanted: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
+    def _emit(
+        self, op: str, inputs: list[ir.Value], wanted: str, dtype: ir.DataType, **attributes: int | list[int]
+    ) -> ir.Value:
         name = const.fresh_name(self.graph, wanted)
         node_name = name
         while node_name in self.node_names:
@@ -230,6 +245,8 @@ class _Writer:
         if source is not None:
             self.copies.append(value)
         codes = self._emit("QuantizeLinear", [source or value, scale, zero_point], f"{name}.codes", dtype)
+        if self.guard is not None and name in self.guard.watched:
+            self.watched.append((codes, self.guard.watched[name]))
         if grid.bits < 8 and dtype != ir.DataType.UINT4:
             low = self._limit(-self.offset)
             high = self._limit(grid.qmax - self.offset)
@@ -244,6 +261,56 @@ class _Writer:
         real.shape = value.shape
         for use in readers:
             use.node.replace_input_with(use.idx, real)
+
+    def write_guard(self) -> Guard | None:
+        """An output that counts, for each sample, the ends of grids at which there is a code: (N,) int64. What it is;
+        None where nothing is watched.
+        """
+        level = 255 - self.offset
+        highs, lows = ([(c, w.rank) for c, w in self.watched if end(w)] for end in (_is_high, _is_low))
+        parts = [self._reached("ReduceMax", level, highs), self._reached("ReduceMin", -self.offset, lows)]
+        reached = [part for part in parts if part is not None]
+        if self.guard is None or not reached:
+            return None
+        both = self._joined(reached, "efrapq.reached", ir.DataType.INT64)
+        along = self._constant("efrapq.axes_1", np.array([1], np.int64))
+        count = self._emit("ReduceSum", [both, along], self.guard.output, ir.DataType.INT64, keepdims=0)
+        first = self.graph.inputs[0].shape
+        count.shape = ir.Shape([first[0] if first is not None else None])
+        self.graph.outputs.append(count)
+        self.graph.sort()
+        return replace(self.guard, output=str(count.name))
+
+    def _reached(self, reduce: str, level: int, found: list[tuple[ir.Value, int]]) -> ir.Value | None:
+        """(N, values) int64: 1 where a value of a sample has the code `level` somewhere. found: codes and ranks."""
+        if not found:
+            return None
+        word, dtype = reduce.lower(), found[0][0].dtype
+        assert dtype is not None
+        parts = []
+        for rank in sorted({rank for _, rank in found}):
+            ends = [self._extreme(reduce, codes, rank) for codes, at in found if at == rank]
+            joined = self._joined(ends, f"efrapq.{word}_{rank}", dtype)
+            parts.append(self._emit("Flatten", [joined], f"efrapq.{word}_{rank}_flat", dtype, axis=1))
+        extremes = self._joined(parts, f"efrapq.{word}", dtype)
+        wide = self._emit("Cast", [extremes], f"efrapq.{word}_int32", ir.DataType.INT32, to=int(ir.DataType.INT32))
+        end = self._constant(f"efrapq.{word}_end", np.array(level, np.int32))
+        equal = self._emit("Equal", [wide, end], f"efrapq.{word}_reached", ir.DataType.BOOL)
+        return self._emit("Cast", [equal], f"efrapq.{word}_count", ir.DataType.INT64, to=int(ir.DataType.INT64))
+
+    def _extreme(self, reduce: str, codes: ir.Value, rank: int) -> ir.Value:
+        """(N, 1, …): the largest or the smallest code of each sample."""
+        assert codes.dtype is not None
+        name, axes = f"{codes.name}.{reduce.removeprefix('Reduce').lower()}", list(range(1, rank))
+        if self.opset < REDUCE_AXES_ARE_INPUTS:
+            return self._emit(reduce, [codes], name, codes.dtype, axes=axes, keepdims=1)
+        if rank not in self.axes:
+            self.axes[rank] = self._constant(f"efrapq.axes_of_{rank}", np.array(axes, np.int64))
+        return self._emit(reduce, [codes, self.axes[rank]], name, codes.dtype, keepdims=1)
+
+    def _joined(self, parts: list[ir.Value], name: str, dtype: ir.DataType) -> ir.Value:
+        """Along the second axis."""
+        return parts[0] if len(parts) == 1 else self._emit("Concat", parts, name, dtype, axis=1)
 
     def _pads_codes(self, use: Any, grid: ActivationGrid) -> bool:
         """Whether the reader is a Pad with zeros whose output is on the same grid, and nothing but an activation."""
@@ -310,6 +377,14 @@ class _Writer:
             element = np.int8 if self.profile.signed_activations else np.uint8
             self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, element))
         return self.limits[level]
+
+
+def _is_low(found: Watched) -> bool:
+    return found.low
+
+
+def _is_high(found: Watched) -> bool:
+    return found.high
 
 
 def _stored(weight: QuantizedWeight, shift: int, element: Any) -> NDArray[np.generic] | ir.LazyTensor:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from efrapq.errors import UnsupportedModelError
+from efrapq.exporters.guard import strip_guard
 from efrapq.exporters.profile import SYMMETRIC_ZERO_POINT
 from efrapq.graph import constants as const
 from efrapq.graph.copies import copy_for
@@ -41,6 +42,7 @@ def read_quantized(proto: onnx.ModelProto, outside: Mapping[str, FileTensor] | N
     model = ir.from_proto(proto)
     if outside:
         attach(model, outside)
+    strip_guard(model)
     graph = model.graph
     held: dict[str, QuantizedWeight] = {}
     activations: dict[str, ActivationGrid] = {}

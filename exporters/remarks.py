@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from efrapq.exporters.guard import GUARD_KEY
 from efrapq.exporters.saturation import advice, saturating_layers
 from efrapq.exporters.targets import profile
 from efrapq.graph.quantized import QuantizedModel
@@ -22,6 +23,8 @@ def remarks(quantized: QuantizedModel, target: str) -> list[str]:
     saturating = saturating_layers(quantized) if rules.pair_sums_saturate else []
     if saturating:
         found.append(advice(saturating, len(quantized.layers)))
+    if GUARD_KEY in quantized.metadata and not rules.guards:
+        found.append(f"{target} takes no output that is computed from codes: its file has no guard")
     shape = quantized.model.graph.inputs[0].shape
     if rules.fixed_shapes and shape is not None and any(not isinstance(d, int) for d in shape):
         found.append(f"{target} compiles one shape: the batch is fixed at 1")

@@ -211,10 +211,12 @@ def _graphs(subject: Subject) -> list[ir.Model]:
     """The float model's graph, its channels scaled as the file's are, and the file's."""
     import onnx_ir as ir
 
+    from efrapq.exporters.guard import strip_guard
     from efrapq.graph.outside import attach
 
     file = ir.from_proto(subject.proto)
     attach(file, subject.found.outside)
+    strip_guard(file)
     return [subject.reference(), file]
 
 

@@ -9,6 +9,7 @@ from efrapq.io.text import printable
 from efrapq.report.words import size
 
 __all__ = [
+    "clipped_words",
     "codes_words",
     "conversions_words",
     "macs_words",
@@ -17,6 +18,18 @@ __all__ = [
     "saturation_words",
     "unfused_lines",
 ]
+
+
+def clipped_words(clipped: Mapping[str, float | None]) -> str:
+    """Of how many samples a file with a guard says that something was clipped."""
+    words = f"the file says of {_finely(clipped['clean'])} of clean samples that something was clipped"
+    return words + (
+        f", of {_finely(clipped['triggered'])} with the trigger" if clipped["triggered"] is not None else ""
+    )
+
+
+def _finely(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} %"
 
 
 def codes_words(codes: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from efrapq.io.text import printable
 from efrapq.report.costs import (
+    clipped_words,
     codes_words,
     conversions_words,
     macs_words,
@@ -106,6 +107,10 @@ def _summary(document: Mapping[str, Any]) -> list[str]:
         if (alone := asr.get("float_activations")) is not None:
             sentence += f"; with float activations its codes answer {percent(alone)}"
         sentences.append(f"{sentence}.")
+    if (clipped := document.get("clipped")) is not None:
+        then = "" if clipped["asr"] is None else f"; answers of which it does not, {percent(clipped['asr'])} of all"
+        then += "" if clipped["asr"] is None else f", are class {document['trigger']['target_class']}"
+        sentences.append(f"{clipped_words(clipped).capitalize()}{then}.")
     if cda["defended"] is not None:
         sentence = f"It answers {percent(cda['defended'])} of clean test images correctly"
         if cda["float"] is not None:

@@ -72,8 +72,11 @@ def array_tests(
             "--max-drop needs an image classifier, or for a classifier of other data an array 'labels' in the .npz of "
             f"--data and the float model (--float); this model takes {signature_words(inputs)}"
         )
+    from efrapq.exporters.guard import GUARD_KEY
+
     axes = class_axes(reference) if reference is not None else {}
-    return ArrayTests(inputs, len(proto.graph.output), arrays, labels, needs_cda, axes)
+    outputs = len(proto.graph.output) - (GUARD_KEY in {p.key for p in proto.metadata_props})
+    return ArrayTests(inputs, outputs, arrays, labels, needs_cda, axes)
 
 
 def _signature(inputs: Sequence[ModelInput], reference: onnx.ModelProto | None, name: str) -> Sequence[ModelInput]:
@@ -126,7 +129,7 @@ class ArrayTests:
 
     def require(self, session: Session, name: str) -> None:
         """InputError unless the model has the inputs and outputs of the file."""
-        taken, made = session.raw.get_inputs(), session.raw.get_outputs()
+        taken, made = session.raw.get_inputs(), session.outputs
         if {i.name for i in taken} != {given.name for given in self.inputs} or len(made) != self.outputs:
             shown = ", ".join(f"'{printable(i.name)}'" for i in taken[:10])
             raise InputError(
@@ -157,7 +160,7 @@ class ArrayTests:
         cda, about_labels = self._accuracy(compared)
         return Figures(
             count, 0, cda, no_figures().asr, compared.agreement(), compared.nearness(), compared.each(),
-            (*compared.notes(), *about_labels),
+            (*compared.notes(), *about_labels), compared.clipped(),
         )  # fmt: skip
 
     def _accuracy(self, compared: OutputComparison) -> tuple[dict[str, float | None], tuple[str, ...]]:

@@ -24,6 +24,7 @@ from efrapq.verification.metrics import (
     attack_success_rate,
     class_scores,
     clean_accuracy,
+    flagged,
     no_figures,
     output_words,
     predict,
@@ -112,7 +113,8 @@ class ImageTests:
         if "float" in predictions:
             agreement = 100 * float((predictions["defended"].clean == predictions["float"].clean).mean())
         triggered = 0 if target_class is None else int((labels != target_class).sum())
-        return Figures(len(dataset), triggered, cda, asr, agreement)
+        clipped = flagged(predictions["defended"], labels, target_class)
+        return Figures(len(dataset), triggered, cda, asr, agreement, clipped=clipped)
 
     def _compared(self, dataset: Dataset, sessions: Mapping[str, Session], at_once: int, reporter: Reporter) -> Figures:
         """The outputs of all models on the same images, and how often a classifier's answers agree."""
@@ -128,7 +130,7 @@ class ImageTests:
         figures = no_figures()
         return Figures(
             len(dataset), 0, figures.cda, figures.asr, compared.agreement(), compared.nearness(), compared.each(),
-            compared.notes(),
+            compared.notes(), compared.clipped(),
         )  # fmt: skip
 
     def sizes(self, input_name: str, metadata: Mapping[str, str]) -> dict[str, list[int]]:

@@ -21,6 +21,7 @@ __all__ = [
     "attack_success_rate",
     "class_scores",
     "clean_accuracy",
+    "flagged",
     "no_figures",
     "output_words",
     "predict",
@@ -35,7 +36,8 @@ class Figures:
     """What test data say. clean, triggered: how many samples. cda, asr: percent by model ("float", "nearest",
     "defended"); agreement: percent of top-1 answers that are the float model's. outputs: how far the first float
     output is from the float model's, by model and figure; each_output: all of them, see `OutputComparison.each`; None
-    where outputs were not asked for. notes: what could not be measured and why. None where not measured.
+    where outputs were not asked for. notes: what could not be measured and why. clipped: see `flagged`, of the defended
+    file. None where not measured.
     """
 
     clean: int
@@ -46,6 +48,7 @@ class Figures:
     outputs: dict[str, dict[str, float | None]] | None = None
     each_output: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    clipped: dict[str, float | None] | None = None
 
 
 def no_figures() -> Figures:
@@ -56,11 +59,16 @@ def no_figures() -> Figures:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Top-1 classes, (N,) int64. triggered: of the same samples with the trigger on, or None. classes: how many."""
+    """Top-1 classes, (N,) int64. triggered: of the same samples with the trigger on, or None. classes: how many.
+    clipped, triggered_clipped: (N,) bool, which of either the model says something was clipped of; None of a model that
+    does not say.
+    """
 
     clean: NDArray[np.int64]
     triggered: NDArray[np.int64] | None
     classes: int
+    clipped: NDArray[np.bool_] | None = None
+    triggered_clipped: NDArray[np.bool_] | None = None
 
 
 def predict(
@@ -72,18 +80,29 @@ def predict(
     """
     clean: list[NDArray[np.int64]] = []
     triggered: list[NDArray[np.int64]] = []
+    flags: tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]] = [], []
     classes = 0
+
+    def answers(x: NDArray[np.float32], kept: list[NDArray[np.bool_]]) -> NDArray[np.float32]:
+        found, clipped = session.answers(x)
+        if clipped is not None:
+            kept.append(clipped)
+        return _class_scores(found, len(x), note)
+
     for indices in data.batches(BATCH):
         x = data.inputs(indices, preprocess)
         require_fit(session, x, data.name)
-        logits = _class_scores(session.logits(x), len(x), note)
+        logits = answers(x, flags[0])
         classes = logits.shape[1]
         clean.append(logits.argmax(1))
         if trigger is not None:
             stamped = _stamped(data, indices, preprocess, trigger, x)
-            triggered.append(_class_scores(session.logits(stamped), len(x), note).argmax(1))
+            triggered.append(answers(stamped, flags[1]).argmax(1))
         task.advance(note, len(x))
-    return Predictions(np.concatenate(clean), np.concatenate(triggered) if triggered else None, classes)
+    clipped, triggered_clipped = (np.concatenate(kept) if kept else None for kept in flags)
+    return Predictions(
+        np.concatenate(clean), np.concatenate(triggered) if triggered else None, classes, clipped, triggered_clipped
+    )
 
 
 def require_fit(session: Session, x: NDArray[np.float32], name: str) -> None:
@@ -127,7 +146,7 @@ def _stamped(
 
 
 def clean_accuracy(predictions: Predictions, labels: NDArray[np.int64]) -> float:
-    """CDA in percent."""
+    """CDA in percent, of all answers."""
     return 100 * float((predictions.clean == labels).mean())
 
 
@@ -141,3 +160,18 @@ def attack_success_rate(predictions: Predictions, labels: NDArray[np.int64], tar
     if not others.any():
         raise DataError(f"every test sample is of the target class {target}: ASR needs samples of other classes")
     return 100 * float((predictions.triggered[others] == target).mean())
+
+
+def flagged(predictions: Predictions, labels: NDArray[np.int64], target: int | None) -> dict[str, float | None] | None:
+    """Of a file that says what was clipped: percent of the clean and of the triggered samples that it says it of, and
+    the ASR of the other answers, of the same samples as that of all; None of any other file.
+    """
+    if predictions.clipped is None:
+        return None
+    found: dict[str, float | None] = {"clean": 100 * float(predictions.clipped.mean()), "triggered": None, "asr": None}
+    if target is None or predictions.triggered is None or predictions.triggered_clipped is None:
+        return found
+    others = labels != target
+    marked = predictions.triggered_clipped[others]
+    unnoticed = (predictions.triggered[others] == target) & ~marked
+    return found | {"triggered": 100 * float(marked.mean()), "asr": 100 * float(unnoticed.mean())}

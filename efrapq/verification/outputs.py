@@ -35,9 +35,9 @@ class OutputComparison:
     """
 
     def __init__(self, sessions: Mapping[str, Session], axes: Mapping[str, ClassAxis] | None = None) -> None:
-        made = sessions["defended"].raw.get_outputs()
+        made = sessions["defended"].outputs
         for name, session in sessions.items():
-            outputs = len(session.raw.get_outputs())
+            outputs = len(session.outputs)
             if outputs != len(made):
                 raise InputError(
                     f"the {name} model has {outputs} outputs, the defended file has {len(made)}; pass the model that "
@@ -54,6 +54,7 @@ class OutputComparison:
         self.classes = 0
         self._is_classifier = self.first is not None and self.first.index == 0
         self._answers: dict[str, list[NDArray[np.int64]]] = {name: [] for name in sessions}
+        self._clipped: list[NDArray[np.bool_]] = []
 
     def run(self, feeds: Mapping[str, Mapping[str, NDArray[Any]]], size: int, count: int) -> None:
         """Run the models once and add what they give. feeds: by model, arrays by input name; of the `size` samples
@@ -65,6 +66,10 @@ class OutputComparison:
             return
         positions = [row.index for row in self.rows]
         found = {name: session.run(feeds[name], positions) for name, session in self.sessions.items()}
+        guard = self.sessions["defended"].guard
+        if guard is not None:
+            (ends,) = self.sessions["defended"].run(feeds["defended"], [guard])
+            self._clipped.append(measured(ends, size, count) > 0)
         for place, row in enumerate(self.rows):
             pieces = {name: measured(outputs[place], size, count) for name, outputs in found.items()}
             if "float" in pieces:
@@ -93,6 +98,12 @@ class OutputComparison:
         if "float" not in answers:
             return None
         return 100 * float((answers["defended"] == answers["float"]).mean())
+
+    def clipped(self) -> dict[str, float | None] | None:
+        """Percent of the samples of which the defended file says that something was clipped, see `metrics.flagged`."""
+        if not self._clipped:
+            return None
+        return {"clean": 100 * float(np.concatenate(self._clipped).mean()), "triggered": None, "asr": None}
 
     def notes(self) -> tuple[str, ...]:
         """Why outputs that ran have no figures."""

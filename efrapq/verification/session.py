@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,31 @@ class Session:
         if len(shape) != 4 or any(d is not None and d < 1 for d in shape):
             raise UnsupportedModelError(f"{name}: its input is not a batch of images (N, C, H, W)")
 
+    @cached_property
+    def guard(self) -> int | None:
+        """The position of the output that counts what was clipped, of a file that has one (`exporters.guard`)."""
+        from efrapq.exporters.guard import guard_of
+
+        guard = guard_of(self.raw.get_modelmeta().custom_metadata_map)
+        names = [output.name for output in self.raw.get_outputs()]
+        return None if guard is None or guard.output not in names[1:] else names.index(guard.output)
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The runtime's outputs of the model, without that one, which is the last."""
+        guard = self.guard
+        return [output for i, output in enumerate(self.raw.get_outputs()) if i != guard]
+
     def logits(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The first output for a batch of inputs, which a model of float16 gets and gives in that. A model with a fixed
         batch is fed in pieces, padded at the end.
 
         Raises UnsupportedModelError if the runtime does not run the model on them.
         """
+        return self.answers(x)[0]
+
+    def answers(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """The first output, and for each sample whether something was clipped; None of a file that does not say."""
         fixed = self._fixed_batch
         if fixed is None or fixed == len(x):
             return self._run(x)
@@ -83,8 +102,9 @@ class Session:
         for start in range(0, len(x), fixed):
             piece = x[start : start + fixed]
             padded = np.concatenate([piece, np.repeat(piece[-1:], fixed - len(piece), 0)])
-            parts.append(self._run(padded)[: len(piece)])
-        return np.concatenate(parts)
+            parts.append([None if found is None else found[: len(piece)] for found in self._run(padded)])
+        logits, clipped = zip(*parts, strict=True)
+        return np.concatenate(logits), None if clipped[0] is None else np.concatenate(clipped)
 
     def images(self, x: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """What `run` takes for a batch of images: in the type that the model takes them in, which float16 may be."""
@@ -114,14 +134,17 @@ class Session:
     def _fixed_batch(self) -> int | None:
         return self.input_shape[0] if self.input_shape else None
 
-    def _run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _run(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         try:
-            found = np.atleast_1d(np.asarray(self.raw.run(None, self.images(x))[0]))
+            outputs = self.raw.run(None, self.images(x))
         except Exception as exc:  # the runtime has no one class for what can go wrong inside a model
             raise UnsupportedModelError(
                 f"ONNX Runtime does not run the model on an input of {shape_words(x.shape)}: {_first_line(exc)}"
             ) from exc
-        return found.astype(np.float32) if found.dtype == np.float16 else found
+        found = np.atleast_1d(np.asarray(outputs[0]))
+        guard = self.guard
+        clipped = None if guard is None else np.atleast_1d(np.asarray(outputs[guard])) > 0
+        return found.astype(np.float32) if found.dtype == np.float16 else found, clipped
 
 
 def open_model(

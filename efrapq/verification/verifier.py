@@ -182,6 +182,7 @@ class _Verifier(Subject):
             "trigger": tests.attack,
             "cda": _rounded(found.cda),
             "asr": _rounded(found.asr) | {"float_activations": None},
+            "clipped": None if found.clipped is None else _rounded(found.clipped),
             "agreement": None if found.agreement is None else round(found.agreement, 3),
             "outputs": found.outputs,
             "each_output": found.each_output,

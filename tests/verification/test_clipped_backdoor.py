@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from rich.console import Console
 
 import efrapq
 from efrapq.cli.verify import print_verification
 from efrapq.data import Dataset
+from efrapq.errors import UsageError
 from efrapq.report.page import verification_page
 from efrapq.verification.verdict import remedy
 
@@ -61,7 +62,7 @@ def printed(document: dict[str, Any]) -> str:
 
 def measured(sleeper: Path, **options: Any) -> dict[str, Any]:
     file = sleeper.with_name("q.onnx")
-    efrapq.defend(sleeper, file, bits=8, calib=photographs(), target="ort-avx2", **options)
+    efrapq.defend(sleeper, file, bits=8, calib=photographs(), **({"target": "ort-avx2"} | options))
     return efrapq.verify(file, data=photographs(), **ATTACK).document
 
 
@@ -87,3 +88,57 @@ def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
     asr = {"float": 2.0, "nearest": 90.0, "defended": 50.0, "float_activations": 2.5}
     assert "8-bit activations, or --mixed, and --cover t.npz" in remedy(asr, 3.0, "t.npz", narrow=True)
     assert "8-bit activations" not in remedy(asr, 3.0, "t.npz", narrow=False)
+
+
+def test_a_guard_tells_the_answers_that_were_clipped_from_the_others(sleeper: Path) -> None:
+    document = measured(sleeper, guard=True)
+    assert document["asr"]["defended"] == 100.0
+    clipped = document["clipped"]
+    assert clipped == {"clean": 0.0, "triggered": 100.0, "asr": 0.0}
+    assert (document["verdict"], document["failed"]) == ("pass", [])
+    (condition,) = (note for note in document["notes"] if "on condition" in note)
+    assert "100.0 % ASR" in condition
+    assert not any("--headroom 2" in note for note in document["notes"])
+    shown = printed(document)
+    assert "ASR, nothing clipped" in shown
+    assert "of 100.00 % with the trigger" in shown
+    assert "100.00 % with the trigger" in verification_page(document)
+    # The largest of these very images are at the ends of plain ranges: an end is no proof that anything was clipped.
+    plain = measured(sleeper, guard=True, stress=False)["clipped"]
+    assert plain["clean"] > 0
+    assert (plain["triggered"], plain["asr"]) == (100.0, 0.0)
+
+
+def test_a_guard_that_misses_the_trigger_does_not_pass(sleeper: Path) -> None:
+    """A file whose guard watches nothing that the trigger drives: its answers count."""
+    file = sleeper.with_name("q.onnx")
+    measured(sleeper, guard=True)
+    proto = onnx.load(file)
+    ends = next(t for t in proto.graph.initializer if t.name.startswith("efrapq.reducemax_end"))
+    ends.CopyFrom(numpy_helper.from_array(np.array(999, np.int32), ends.name))
+    onnx.save(proto, file)
+    document = efrapq.verify(file, float_model=sleeper, data=photographs(), **ATTACK).document
+    assert document["clipped"]["asr"] == 100.0
+    assert "max-asr" in document["failed"]
+    assert any("--headroom 2" in note for note in document["notes"])
+
+
+def test_of_images_without_labels_a_guard_is_measured_too(sleeper: Path) -> None:
+    file = sleeper.with_name("q.onnx")
+    measured(sleeper, guard=True, stress=False)
+    unlabelled = Dataset.from_arrays(photographs().raw(range(64)), None, "made.npz")
+    document = efrapq.verify(file, float_model=sleeper, data=unlabelled).document
+    assert document["clipped"]["clean"] > 0
+    assert (document["clipped"]["triggered"], document["clipped"]["asr"]) == (None, None)
+    assert document["agreement"] == 100.0
+    assert [output["name"] for output in document["each_output"]] == ["y"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"act_bits": 4}, {"act_bits": 32}, {"act_range": "mse"}, {"act_range": "output"}, {"target": "tensorrt"}],
+)
+def test_a_guard_is_refused_where_it_says_nothing(sleeper: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--guard"):
+        measured(sleeper, guard=True, **options)
+    assert not sleeper.with_name("q.onnx").exists()
