@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 # The benchmarks need CIFAR-10 and published weights: EFRAPQ_SHARED names their folder.
-.PHONY: demo test test-slow bench-solver bench-results bench-quick bench-export lint types install clean
+.PHONY: demo test test-slow bench-solver bench-results bench-quick bench-export bench-guard lint types install clean
 
 demo: $(READY)
 	$(BIN)/efrapq demo
@@ -27,6 +27,9 @@ bench-quick: $(READY)
 
 bench-export: $(READY)
 	$(BIN)/python benchmarks/export.py $(ARGS)
+
+bench-guard: $(READY)
+	$(BIN)/python benchmarks/guard.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,14 @@ class Worker:
         self.process.stdout.close()
 
 
-def timed(target: Path, threads: int, batch: int, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
-    """All files of a network, taking turns."""
+def timed(
+    target: Path, files: Sequence[str], threads: int, batch: int, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Any]:
+    """All these files of a network, taking turns."""
     inputs = target / f"input{batch}.npy"
     np.save(inputs, np.load(target / "input.npy")[:batch])
     with ExitStack() as stack:
-        workers = {file: stack.enter_context(Worker(target / f"{file}.onnx", inputs, threads)) for file in FILES}
+        workers = {file: stack.enter_context(Worker(target / f"{file}.onnx", inputs, threads)) for file in files}
         for worker in workers.values():
             worker.turn(1)
         one = (RUNS + 1) * sum(worker.seconds[0] for worker in workers.values())
@@ -327,7 +330,9 @@ def main() -> None:
             document["networks"][name] = json.loads(done.stdout.splitlines()[-1]) | {"times": {}}
             for threads in args.threads:
                 for batch in BATCHES:
-                    found = timed(Path(folder), threads, batch, *((1.0, (2, 5)) if args.quick else (SECONDS, ROUNDS)))
+                    found = timed(
+                        Path(folder), FILES, threads, batch, *((1.0, (2, 5)) if args.quick else (SECONDS, ROUNDS))
+                    )
                     document["networks"][name]["times"][setting(threads, batch)] = found
                     save(path.stem, document)
     tables(document, networks, args.threads)

@@ -40,6 +40,8 @@ TITLES = {
     "adaptive-clip-far": "adaptive: clip, far",
     "adaptive-clip-checkered": "adaptive: clip, checkered",
     "adaptive-clip-aware": "adaptive: clip, patch-aware",
+    "adaptive-clip-hunted": "adaptive: clip, search-aware",
+    "adaptive-clip-scattered": "adaptive: clip, scattered",
 }
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}

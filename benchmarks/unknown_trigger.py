@@ -7,7 +7,8 @@ Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoo
 efrapq's, with the ranges that calibration shows, with those under patches, and with those that cover the trigger
 itself. stress: their CDA and ASR. search: what `efrapq search` finds in the first three, and where it finds something
 in the third, which is the default, CDA and ASR of a file whose ranges cover what was found, and what it finds there:
-what `defend --search` does. guard: the third one with `--guard`. A subject is whatever lies
+what `defend --search` does. guard: the third one with `--guard`, without
+and with a little headroom. A subject is whatever lies
 in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind of CPU.
 Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
 """
@@ -51,7 +52,11 @@ FILES: dict[str, dict[str, Any]] = {
     "efrapq, plain ranges": {"stress": False},
     "efrapq": {},
 }
-COVERED, FOUND, GUARDED = "--cover TRIGGER", "--cover what was found", "--guard"
+COVERED, FOUND = "--cover TRIGGER", "--cover what was found"
+GUARDED: dict[str, dict[str, Any]] = {
+    "--guard": {"guard": True},
+    "--guard --headroom 1.1": {"guard": True, "headroom": 1.1},
+}
 
 
 def cases(names: list[str], folder: Path) -> Iterator[tuple[str, Path, Entry | None]]:
@@ -106,11 +111,11 @@ class Subject:
         document = {key: value for key, value in found.document.items() if key not in where}
         return document, None if found.passed else path
 
-    def measure(self, parts: list[str]) -> dict[str, Any]:
-        """Of all its files."""
+    def measure(self, parts: list[str], files: list[str]) -> dict[str, Any]:
+        """Of these of its files, and of those that cover something or have a guard."""
         found: dict[str, Any] = {}
-        for name, options in FILES.items() if parts != ["guard"] else ():
-            file, found[name] = self.made(**options)
+        for name in files if parts != ["guard"] else ():
+            file, found[name] = self.made(**FILES[name])
             if "stress" in parts:
                 found[name] |= self.rates(file)
             if "search" in parts:
@@ -122,9 +127,9 @@ class Subject:
         if "stress" in parts:
             file, found[COVERED] = self.made(cover=[self.trigger])
             found[COVERED] |= self.rates(file)
-        if "guard" in parts:
-            file, found[GUARDED] = self.made(guard=True)
-            found[GUARDED] |= self.rates(file)
+        for name in GUARDED if "guard" in parts else ():
+            file, found[name] = self.made(**GUARDED[name])
+            found[name] |= self.rates(file)
         return found
 
 
@@ -137,7 +142,11 @@ def stress_table(document: dict[str, Any]) -> str:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
         for row in (files.get(file) for file in shown):
-            cells.append("–" if row is None else f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}")
+            cells.append(
+                "–"
+                if row is None or "cda" not in row
+                else f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}"
+            )
         rows.append([_title(name), f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
     return markdown(["subject", "bits", "float", *shown, "widest under patches"], rows)
 
@@ -171,22 +180,23 @@ def guard_table(document: dict[str, Any]) -> str:
     """Which answers a guarded file says were clipped, and what the others are."""
     rows = []
     for name, case in document.items():
-        found = case["files"].get(GUARDED)
-        if found is None:
-            continue
-        cda, asr, clipped = found["cda"], found["asr"], found["clipped"]
-        rows.append(
-            [
-                _title(name),
-                f"W{case['bits']}A8",
-                f"{cda['float']:.2f} / {asr['float']:.2f}",
-                f"{cda['defended']:.2f} / {asr['defended']:.2f}",
-                f"{clipped['clean']:.2f}",
-                f"{clipped['triggered']:.2f}",
-                f"{clipped['asr']:.2f}",
-            ]
-        )
-    header = ["subject", "bits", "float", "the file", "clipped: clean", "with the trigger", "ASR, nothing clipped"]
+        for options in GUARDED:
+            found = case["files"].get(options)
+            if found is None:
+                continue
+            cda, asr, clipped = found["cda"], found["asr"], found["clipped"]
+            rows.append(
+                [
+                    _title(name),
+                    f"W{case['bits']}A8, {options}",
+                    f"{cda['float']:.2f} / {asr['float']:.2f}",
+                    f"{cda['defended']:.2f} / {asr['defended']:.2f}",
+                    f"{clipped['clean']:.2f}",
+                    f"{clipped['triggered']:.2f}",
+                    f"{clipped['asr']:.2f}",
+                ]
+            )
+    header = ["subject", "file", "float", "all answers", "clipped: clean", "with the trigger", "ASR, nothing clipped"]
     return markdown(header, rows)
 
 
@@ -219,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="SUBJECT")
     parser.add_argument("--only", choices=["stress", "search", "guard"])
+    parser.add_argument("--default", action="store_true", help="of the three files efrapq's default alone")
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER")
     args = parser.parse_args()
     known = RESULTS / "unknown_trigger.json"
@@ -232,12 +243,15 @@ def main() -> None:
         trigger = TRIGGER if entry is None else trigger_of(entry, args.data)
         with tempfile.TemporaryDirectory() as folder:
             subject = Subject(path, bits, trigger, images, test, Path(folder))
-            found = subject.measure([args.only] if args.only else ["stress", "search", "guard"])
+            parts = [args.only] if args.only else ["stress", "search", "guard"]
+            found = subject.measure(parts, ["efrapq"] if args.default else list(FILES))
         case = document.get(name, {})
         if case.get("sha256") != sha256:
             case = {"sha256": sha256, "bits": bits, "files": {}}
         case["machine"] = machine()
-        case["files"] = {file: case["files"].get(file, {}) | row for file, row in found.items()}
+        if args.only in (None, "search"):
+            case["files"].pop(FOUND, None)  # of what is not found any more
+        case["files"] |= {file: case["files"].get(file, {}) | row for file, row in found.items()}
         document[name] = case
         save("unknown_trigger", document)
         rows = [(file, str(row.get("cda")), str(row.get("asr"))) for file, row in case["files"].items()]
