@@ -273,7 +273,10 @@ def threats(table: Table) -> dict[str, str]:
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     lost = [b["float_cda"] - c["cda"] for b, c in noisy]
     controls = [b for b in bases if is_control(b)]
-    checkered, aware = ([b for b in bases if b["attack"] == f"adaptive-clip-{kind}"] for kind in ("checkered", "aware"))
+    checkered, aware, hunted, scattered = (
+        [b for b in bases if b["attack"] == f"adaptive-clip-{kind}"]
+        for kind in ("checkered", "aware", "hunted", "scattered")
+    )
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
         "promise": markdown(header, [_against(table, b) for b in honest]),
@@ -285,6 +288,8 @@ def threats(table: Table) -> dict[str, str]:
         "clip_white": _sentence(table, [b for b in bases if b["attack"] == "adaptive-clip"]),
         "clip_checkered": _sentence(table, checkered),
         "clip_aware": _sentence(table, aware),
+        "clip_hunted": _sentence(table, hunted),
+        "clip_scattered": _sentence(table, scattered),
         "clip_plain": ", ".join(_figures(c) for b in checkered if (c := table.get(b, PLAIN))),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
@@ -392,6 +397,7 @@ def _sentence(table: Table, bases: Sequence[Cell]) -> str:
 
 def write_report(cells: Sequence[Cell]) -> None:
     """docs/RESULTS.md and its plot."""
+    from benchmarks.guard import headroom_table
     from benchmarks.mobilenet import patched_agreement
     from benchmarks.unknown_trigger import tables as unknown_trigger  # which has its titles from here
 
@@ -410,4 +416,7 @@ def write_report(cells: Sequence[Cell]) -> None:
             "trained": trained(),
         },
     )
-    write_page("THREAT-MODEL", threats(table) | unknown_trigger() | {"mobilenet": patched_agreement()})
+    write_page(
+        "THREAT-MODEL",
+        threats(table) | unknown_trigger() | {"mobilenet": patched_agreement(), "guard_headroom": headroom_table()},
+    )

@@ -44,7 +44,7 @@ from efrapq.cli.console import TerminalReporter
 from efrapq.data import Dataset, load_dataset
 
 PUBLISHED = "published"
-AWARE = "cifar10-resnet20-adaptive-clip-aware-w8-s0"
+AWARE, HUNTED, SCATTERED = (f"cifar10-resnet20-adaptive-clip-{kind}-w8-s0" for kind in ("aware", "hunted", "scattered"))
 IMAGES = 2000
 # With the options of each.
 FILES: dict[str, dict[str, Any]] = {
@@ -209,8 +209,26 @@ def tables() -> dict[str, str]:
         "search": search_table(document),
         "guard": guard_table(document),
         "searched": _covered(document[AWARE]["files"]),
+        "hunted_search": _best(document[HUNTED]["files"]["efrapq"]["search"]),
+        "scattered_search": _scattered(document[SCATTERED]["files"]),
         "published_widest": f"{widest:.1f}",
     }
+
+
+def _best(found: dict[str, Any]) -> str:
+    turned = found["turned"]
+    return f"the best patch turns {turned['file']:.1f} % of the answers, {turned['float']:.1f} % of the float model's."
+
+
+def _scattered(files: dict[str, Any]) -> str:
+    """A patch where the trigger is none, and what covering it leaves of the trigger."""
+    found, then = files["efrapq"]["search"]["turned"], files[FOUND]
+    cda, asr = then["cda"]["defended"], then["asr"]["defended"]
+    return (
+        f"There is a patch, all the same, that turns {found['file']:.1f} % of the answers in that file and "
+        f"{found['float']:.1f} % of the float model's, but the trigger is another one: with ranges that cover what was "
+        f"found there are {cda:.2f} / {asr:.2f}."
+    )
 
 
 def _covered(files: dict[str, Any]) -> str:

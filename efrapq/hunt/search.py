@@ -37,8 +37,9 @@ SEARCH_SCHEMA = "efrapq.search/1"
 # The window's side, as a share of the image's shorter one: 6 of 32.
 SHARE = 3 / 16
 # Percent of images that a trigger turns in the file more than in the float model; and how many times what the same
-# search finds with the two exchanged. Both have to be reached (docs/THREAT-MODEL.md has what honest networks reach).
-MOST_HONEST, ONE_SIDED = 50.0, 2.0
+# search finds with the two exchanged. Both have to be reached (docs/THREAT-MODEL.md has what honest networks reach),
+# but for what turns nearly all in the one and none in the other: networks that hide something have controls like that.
+MOST_HONEST, ONE_SIDED, CERTAIN = 50.0, 2.0, 90.0
 # Images for the search, and as many others to measure what it found on.
 IMAGES = 512
 FEWEST = 32
@@ -145,7 +146,7 @@ def search_trigger(
         "turned": {name: round(rate, 3) for name, rate in turned.items()},
         "exchanged": exchanged and {name: round(rate, 3) for name, rate in exchanged.items()},
         "trigger": None,
-        "verdict": "pass" if exchanged is None or _gap(turned) < ONE_SIDED * -_gap(exchanged) else "fail",
+        "verdict": "fail" if exchanged is not None and _is_trigger(turned, exchanged) else "pass",
         "notes": list(subject.notes),
     }
     found = Found(document, _npz(best, size))
@@ -182,6 +183,11 @@ def _subject(
 def _gap(turned: dict[str, float]) -> float:
     """Percent of images that a patch turns in the file more than in the float model. turned: percent by model."""
     return turned["file"] - turned["float"]
+
+
+def _is_trigger(turned: dict[str, float], exchanged: dict[str, float]) -> bool:
+    """Whether a patch that turns half of the images is more than two networks that differ by rounding have."""
+    return _gap(turned) >= min(CERTAIN, ONE_SIDED * -_gap(exchanged))
 
 
 def _halves(images: Dataset, seed: int) -> tuple[Dataset, Dataset]:

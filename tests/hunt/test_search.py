@@ -36,7 +36,8 @@ def test_what_wakes_where_activations_are_clipped_is_found(clipped_sleeper: tupl
 
 
 @pytest.mark.parametrize(
-    ("gap", "exchanged", "verdict"), [(49.0, None, "pass"), (51.0, 25.0, "fail"), (51.0, 26.0, "pass")]
+    ("gap", "exchanged", "verdict"),
+    [(49.0, None, "pass"), (51.0, 25.0, "fail"), (51.0, 26.0, "pass"), (89.0, 51.0, "pass"), (90.0, 51.0, "fail")],
 )
 def test_what_turns_half_of_the_images_is_held_against_the_control(
     clipped_sleeper: tuple[Path, Dataset],
