@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from efrapq.exporters.guard import GUARD_KEY, Guard, Watched, guard_of
+from efrapq.exporters.guard_nodes import guard_nodes
 from efrapq.exporters.opset import to_opset
 from efrapq.exporters.profile import Profile
 from efrapq.exporters.saturation import saturating_layers
@@ -35,7 +36,6 @@ __all__ = ["INT4_OPSET", "INT8_OPSET", "build", "build_parts"]
 
 INT8_OPSET = 17
 INT4_OPSET = 21
-REDUCE_AXES_ARE_INPUTS = 18
 SETTINGS_KEY = "efrapq.settings"
 # A signed code is the unsigned one less this.
 SIGNED = 128
@@ -140,7 +140,6 @@ class _Writer:
         self.guard = guard_of(quantized.metadata) if profile.guards else None
         # Codes that can be at an end of their grid.
         self.watched: list[tuple[ir.Value, Watched]] = []
-        self.axes: dict[int, ir.Value] = {}
 
     @property
     def offset(self) -> int:
@@ -167,10 +166,10 @@ class _Writer:
             self.graph.remove(identity, safe=True)
         self.graph.sort()
 
-    def _constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:
+    def constant(self, name: str, data: np.ndarray | ir.LazyTensor) -> ir.Value:
         return const.initializer(self.graph, const.fresh_name(self.graph, name), data)
 
-    def _emit(
+    def emit(
         self, op: str, inputs: list[ir.Value], wanted: str, dtype: ir.DataType, **attributes: int | list[int]
     ) -> ir.Value:
         name = const.fresh_name(self.graph, wanted)
@@ -192,14 +191,14 @@ class _Writer:
         four = layer.name in self.int4
         shift = SIGNED if layer.name in self.unsigned else 0
         element = ml_dtypes.int4 if four else np.uint8 if shift else np.int8
-        codes = self._constant(f"{old.name}.codes", _stored(weight, shift, element))
+        codes = self.constant(f"{old.name}.codes", _stored(weight, shift, element))
         if four and self.profile.int4_through_cast and not weight.block:
-            codes = self._emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
+            codes = self.emit("Cast", [codes], f"{old.name}.int8", ir.DataType.INT8, to=int(ir.DataType.INT8))
             element = np.int8
-        scale = self._constant(f"{old.name}.scale", weight.scale)
-        zero_point = self._constant(f"{old.name}.zero_point", np.full(weight.scale.shape, shift, element))
+        scale = self.constant(f"{old.name}.scale", weight.scale)
+        zero_point = self.constant(f"{old.name}.zero_point", np.full(weight.scale.shape, shift, element))
         along = {"axis": 1 - weight.axis, "block_size": weight.block} if weight.block else {"axis": weight.axis}
-        real = self._emit("DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, **along)
+        real = self.emit("DequantizeLinear", [codes, scale, zero_point], str(old.name), ir.DataType.FLOAT, **along)
         real.shape = ir.Shape(weight.shape)
         node.replace_input_with(1, real)
 
@@ -216,9 +215,9 @@ class _Writer:
         if not old.uses():
             del self.graph.initializers[str(old.name)]
         name = const.fresh_name(self.graph, str(old.name))
-        codes_value = self._constant(f"{old.name}.codes", codes)
-        scale = self._constant(f"{old.name}.scale", step.astype(np.float32))
-        real = self._emit("DequantizeLinear", [codes_value, scale], name, ir.DataType.FLOAT, axis=0)
+        codes_value = self.constant(f"{old.name}.codes", codes)
+        scale = self.constant(f"{old.name}.scale", step.astype(np.float32))
+        real = self.emit("DequantizeLinear", [codes_value, scale], name, ir.DataType.FLOAT, axis=0)
         node.replace_input_with(2, real)
 
     def _grid_constants(self, name: str, grid: ActivationGrid) -> tuple[ir.Value, ir.Value]:
@@ -228,8 +227,8 @@ class _Writer:
             element = ml_dtypes.uint4 if uint4 else np.int8 if self.profile.signed_activations else np.uint8
             zero_point = np.array(grid.zero_point - self.offset).astype(element)
             self.parameters[grid] = (
-                self._constant(f"{name}.scale", np.array(grid.scale, np.float32)),
-                self._constant(f"{name}.zero_point", zero_point),
+                self.constant(f"{name}.scale", np.array(grid.scale, np.float32)),
+                self.constant(f"{name}.zero_point", zero_point),
             )
         return self.parameters[grid]
 
@@ -244,73 +243,34 @@ class _Writer:
         source = copied_from(value)
         if source is not None:
             self.copies.append(value)
-        codes = self._emit("QuantizeLinear", [source or value, scale, zero_point], f"{name}.codes", dtype)
+        codes = self.emit("QuantizeLinear", [source or value, scale, zero_point], f"{name}.codes", dtype)
         if self.guard is not None and name in self.guard.watched:
             self.watched.append((codes, self.guard.watched[name]))
         if grid.bits < 8 and dtype != ir.DataType.UINT4:
             low = self._limit(-self.offset)
             high = self._limit(grid.qmax - self.offset)
-            codes = self._emit("Clip", [codes, low, high], f"{name}.clipped", dtype)
+            codes = self.emit("Clip", [codes, low, high], f"{name}.clipped", dtype)
         pads = [use for use in readers if self._pads_codes(use, grid)]
         for use in pads:
             self.padded[str(use.node.outputs[0].name)] = codes, scale, zero_point
         readers = [use for use in readers if use not in pads]
         if not readers:
             return
-        real = self._emit("DequantizeLinear", [codes, scale, zero_point], f"{name}.real", ir.DataType.FLOAT)
+        real = self.emit("DequantizeLinear", [codes, scale, zero_point], f"{name}.real", ir.DataType.FLOAT)
         real.shape = value.shape
         for use in readers:
             use.node.replace_input_with(use.idx, real)
 
     def write_guard(self) -> Guard | None:
-        """An output that counts, for each sample, the ends of grids at which there is a code: (N,) int64. What it is;
-        None where nothing is watched.
-        """
-        level = 255 - self.offset
-        highs, lows = ([(c, w.rank) for c, w in self.watched if end(w)] for end in (_is_high, _is_low))
-        parts = [self._reached("ReduceMax", level, highs), self._reached("ReduceMin", -self.offset, lows)]
-        reached = [part for part in parts if part is not None]
-        if self.guard is None or not reached:
+        """The output that counts what arrived at an end of its grid, and what it is; None where nothing is watched."""
+        if self.guard is None or not self.watched:
             return None
-        both = self._joined(reached, "efrapq.reached", ir.DataType.INT64)
-        along = self._constant("efrapq.axes_1", np.array([1], np.int64))
-        count = self._emit("ReduceSum", [both, along], self.guard.output, ir.DataType.INT64, keepdims=0)
+        count = guard_nodes(self, self.guard.output, self.watched, -self.offset, 255 - self.offset)
         first = self.graph.inputs[0].shape
         count.shape = ir.Shape([first[0] if first is not None else None])
         self.graph.outputs.append(count)
         self.graph.sort()
         return replace(self.guard, output=str(count.name))
-
-    def _reached(self, reduce: str, level: int, found: list[tuple[ir.Value, int]]) -> ir.Value | None:
-        """(N, values) int64: 1 where a value of a sample has the code `level` somewhere. found: codes and ranks."""
-        if not found:
-            return None
-        word, dtype = reduce.lower(), found[0][0].dtype
-        assert dtype is not None
-        parts = []
-        for rank in sorted({rank for _, rank in found}):
-            ends = [self._extreme(reduce, codes, rank) for codes, at in found if at == rank]
-            joined = self._joined(ends, f"efrapq.{word}_{rank}", dtype)
-            parts.append(self._emit("Flatten", [joined], f"efrapq.{word}_{rank}_flat", dtype, axis=1))
-        extremes = self._joined(parts, f"efrapq.{word}", dtype)
-        wide = self._emit("Cast", [extremes], f"efrapq.{word}_int32", ir.DataType.INT32, to=int(ir.DataType.INT32))
-        end = self._constant(f"efrapq.{word}_end", np.array(level, np.int32))
-        equal = self._emit("Equal", [wide, end], f"efrapq.{word}_reached", ir.DataType.BOOL)
-        return self._emit("Cast", [equal], f"efrapq.{word}_count", ir.DataType.INT64, to=int(ir.DataType.INT64))
-
-    def _extreme(self, reduce: str, codes: ir.Value, rank: int) -> ir.Value:
-        """(N, 1, …): the largest or the smallest code of each sample."""
-        assert codes.dtype is not None
-        name, axes = f"{codes.name}.{reduce.removeprefix('Reduce').lower()}", list(range(1, rank))
-        if self.opset < REDUCE_AXES_ARE_INPUTS:
-            return self._emit(reduce, [codes], name, codes.dtype, axes=axes, keepdims=1)
-        if rank not in self.axes:
-            self.axes[rank] = self._constant(f"efrapq.axes_of_{rank}", np.array(axes, np.int64))
-        return self._emit(reduce, [codes, self.axes[rank]], name, codes.dtype, keepdims=1)
-
-    def _joined(self, parts: list[ir.Value], name: str, dtype: ir.DataType) -> ir.Value:
-        """Along the second axis."""
-        return parts[0] if len(parts) == 1 else self._emit("Concat", parts, name, dtype, axis=1)
 
     def _pads_codes(self, use: Any, grid: ActivationGrid) -> bool:
         """Whether the reader is a Pad with zeros whose output is on the same grid, and nothing but an activation."""
@@ -341,7 +301,7 @@ class _Writer:
             del self.graph.initializers[str(old.name)]
         output.name = const.fresh_name(self.graph, f"{name}.codes")
         output.type = codes.type
-        real = self._emit("DequantizeLinear", [output, scale, zero_point], name, ir.DataType.FLOAT)
+        real = self.emit("DequantizeLinear", [output, scale, zero_point], name, ir.DataType.FLOAT)
         real.shape = output.shape
         for use in readers:
             use.node.replace_input_with(use.idx, real)
@@ -375,16 +335,8 @@ class _Writer:
         """The shared constant that a Clip of activation codes needs."""
         if level not in self.limits:
             element = np.int8 if self.profile.signed_activations else np.uint8
-            self.limits[level] = self._constant(f"efrapq.level_{level}", np.array(level, element))
+            self.limits[level] = self.constant(f"efrapq.level_{level}", np.array(level, element))
         return self.limits[level]
-
-
-def _is_low(found: Watched) -> bool:
-    return found.low
-
-
-def _is_high(found: Watched) -> bool:
-    return found.high
 
 
 def _stored(weight: QuantizedWeight, shift: int, element: Any) -> NDArray[np.generic] | ir.LazyTensor:
