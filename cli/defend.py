@@ -245,6 +245,12 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
         f"{evidence['timing']['seconds']:.1f} s in all",
         markup=False,
     )
+    if (guard := evidence.get("guard")) is not None:
+        console.print(
+            f"guard     output `{printable(guard['output'])}` counts what arrives at an end, of {guard['watched']} "
+            "activations: use answers where it is 0",
+            markup=False,
+        )
     attack = " --trigger patch:HxW@row,col --target-class N" if classes else ""
     for search in evidence.get("searches", ()):
         console.print(_outcome(search), markup=False)

@@ -226,14 +226,17 @@ def defend(
             "efrapq.calibration": json.dumps(calibration, sort_keys=True),
         }
     )
-    if guard:
-        quantized.metadata[GUARD_KEY] = plan_guard(quantized).to_json()
+    watching = plan_guard(quantized) if guard else None
+    if watching is not None:
+        quantized.metadata[GUARD_KEY] = watching.to_json()
     if effective is not None:
         layout = image_layout(model_inputs(source.proto, source.name))
         quantized.metadata[PREPROCESS_KEY] = effective.in_layout(layout).to_json()
     shape = () if isinstance(data, Arrays) else (source.input_shape[0] or 1, *calibration["input"])
     written = write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape, output)
     evidence = _evidence(source, quantized, solved.reports, recorded, calibration, written, output)
+    if watching is not None:
+        evidence["guard"] = {"output": watching.output, "watched": len(watching.watched)}
     evidence["machine"] = machine(device)
     evidence["timing"] = {
         "seconds": round(time.perf_counter() - started, 3),

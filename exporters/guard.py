@@ -111,7 +111,7 @@ def plan_guard(quantized: QuantizedModel) -> Guard:
             found[str(value.name)] = ends
     if not found:
         raise UnsupportedModelError("no activation of this model can be clipped: --guard has nothing to watch")
-    return Guard("clipped", found)
+    return Guard(const.fresh_name(graph, "clipped"), found)
 
 
 def _watched(
