@@ -42,6 +42,9 @@ class Compiled:
         parts = [np.array(self.model([x[i : i + batch]])[0]) for i in range(0, len(x), batch)]
         return np.concatenate(parts)
 
+    def answers(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
+        return self.logits(x), None
+
     def precisions(self) -> dict[str, Counter[str]]:
         """Kind of heavy layer → how often it is executed in which precision."""
         found: dict[str, Counter[str]] = {}
