@@ -225,9 +225,9 @@ def _scattered(files: dict[str, Any]) -> str:
     found, then = files["efrapq"]["search"]["turned"], files[FOUND]
     cda, asr = then["cda"]["defended"], then["asr"]["defended"]
     return (
-        f"There is a patch, all the same, that turns {found['file']:.1f} % of the answers in that file and "
-        f"{found['float']:.1f} % of the float model's, but the trigger is another one: with ranges that cover what was "
-        f"found there are {cda:.2f} / {asr:.2f}."
+        f"But some patch drives the same activations: the search found one that turns {found['file']:.1f} % of the "
+        f"answers in that file and {found['float']:.1f} % of the float model's, and ranges that cover it leave "
+        f"{cda:.2f} / {asr:.2f} of the trigger, of which it was told nothing (2,000 images)."
     )
 
 
