@@ -13,6 +13,7 @@ there (before a HardSwish, the ends that `calibration.live_range` moves inwards)
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
@@ -21,6 +22,7 @@ from onnx_ir.passes import common
 
 from efrapq.errors import UnsupportedModelError
 from efrapq.graph import constants as const
+from efrapq.graph.bounds import output_bounds
 from efrapq.graph.copies import copied_from
 from efrapq.graph.placement import MOVING_OPS
 from efrapq.graph.quantized import QuantizedModel
@@ -32,31 +34,22 @@ __all__ = ["GUARD_KEY", "Guard", "Watched", "guard_of", "plan_guard", "strip_gua
 # Where a file's metadata say what it watches.
 GUARD_KEY = "efrapq.guard"
 
-INFINITE = float("inf")
 MOST_AXES = 8
-# What an operator's output lies between.
-BOUNDED = {
-    "HardSigmoid": (0.0, 1.0),
-    "Relu": (0.0, INFINITE),
-    "Sigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-}
-# Below and above which arguments a function no longer changes by a code of its 8-bit result.
+# Below and above which arguments a function changes by no more than a code of 8 bits, of results that span 4.
 FLAT = {
-    "Elu": (-4.5, INFINITE),
+    "Elu": (-4.5, math.inf),
     "Erf": (-2.0, 2.0),
-    "Gelu": (-2.5, INFINITE),
-    "HardSwish": (-3.0, INFINITE),
-    "Mish": (-6.0, INFINITE),
-    "Relu": (0.0, INFINITE),
-    "Selu": (-4.5, INFINITE),
+    "Gelu": (-2.5, math.inf),
+    "HardSwish": (-3.0, math.inf),
+    "Mish": (-6.0, math.inf),
+    "Relu": (0.0, math.inf),
+    "Selu": (-5.0, math.inf),
     "Sigmoid": (-6.0, 6.0),
-    "Softplus": (-4.5, INFINITE),
+    "Softplus": (-4.5, math.inf),
     "Tanh": (-3.4, 3.4),
 }
 # The same of a value times its own Sigmoid or HardSigmoid.
-GATED = {"HardSigmoid": (-3.0, INFINITE), "Sigmoid": (-6.0, INFINITE)}
+GATED = {"HardSigmoid": (-3.0, math.inf), "Sigmoid": (-6.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def _watched(
     before = node.inputs[0] if node.inputs else None
     if node.op_type in MOVING_OPS and before is not None and grids.get(str(before.name)) == grid:
         return None
-    least, most = _bounds(node)
+    least, most = output_bounds(node)
     # Past these the value itself says nothing more.
     flat = [_flat(use.node, value) for use in value.uses()]
     if flat:
@@ -133,20 +126,10 @@ def _watched(
     return Watched(_rank(value, graph), low, high) if low or high else None
 
 
-def _bounds(node: ir.Node) -> tuple[float, float]:
-    return _clip_limits(node) if node.op_type == "Clip" else BOUNDED.get(node.op_type, (-INFINITE, INFINITE))
-
-
-def _clip_limits(node: ir.Node) -> tuple[float, float]:
-    ends = [const.array_or_none(end) for end in (*node.inputs[1:], None, None)[:2]]
-    low, high = (None if end is None else float(end.reshape(-1)[0]) for end in ends)
-    return -INFINITE if low is None else low, INFINITE if high is None else high
-
-
 def _flat(reader: ir.Node, value: ir.Value) -> tuple[float, float]:
     """Below and above which values of its argument a reader's result stays what it is."""
     if reader.op_type == "Clip":
-        return _clip_limits(reader)
+        return output_bounds(reader)
     if reader.op_type == "HardSigmoid":
         alpha, beta = reader.attributes.get_float("alpha", 0.2), reader.attributes.get_float("beta", 0.5)
         return -beta / alpha, (1 - beta) / alpha
@@ -155,7 +138,7 @@ def _flat(reader: ir.Node, value: ir.Value) -> tuple[float, float]:
         for gate in gates:
             if gate is not None and gate.op_type in GATED and gate.inputs[0] is value:
                 return GATED[gate.op_type]
-    return FLAT.get(reader.op_type, (-INFINITE, INFINITE))
+    return FLAT.get(reader.op_type, (-math.inf, math.inf))
 
 
 def _rank(value: ir.Value, graph: ir.Graph) -> int:

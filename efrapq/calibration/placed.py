@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from efrapq.calibration.live_range import follower, live_range
 from efrapq.calibration.ranges import calibrate, extremes
 from efrapq.calibration.stress import Stressed
-from efrapq.graph import constants as const
+from efrapq.graph.bounds import output_bounds
 from efrapq.graph.executor import Executor
 from efrapq.graph.placement import Placement
 from efrapq.grid import ActivationGrid, activation_grid
@@ -26,8 +25,6 @@ Limits = tuple[float, float]
 # How many times as far as on the images patches or triggers drive an activation that gets 8 bits where fewer are asked
 # for and the others may be mixed (docs/THREAT-MODEL.md has the figures).
 DRIVEN_FAR = 1.25
-# What an operator's output cannot be outside of.
-BOUNDED = {"HardSigmoid": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 
 
 class Calibrator:
@@ -102,9 +99,6 @@ class Calibrator:
             low, high = min(low, self.stressed[name].low), max(high, self.stressed[name].high)
             if before > 0:
                 self.driven[name] = (max(high, 0.0) - min(low, 0.0)) / before
-        least, most = BOUNDED.get(node.op_type, (-np.inf, np.inf))
-        if node.op_type == "Clip":
-            ends = [const.array_or_none(end) for end in (*node.inputs[1:], None, None)[:2]]
-            least, most = (x if end is None else float(end) for end, x in zip(ends, (least, most), strict=True))
+        least, most = output_bounds(node)
         # What the calibration shows stays inside, whatever rounding made of an operator's bounds.
         return min(low, max(self.headroom * low, least)), max(high, min(self.headroom * high, most))

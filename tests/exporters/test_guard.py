@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+import torch.nn.functional as F
 from onnx import helper
+from torch import Tensor
 
 from efrapq.errors import UnsupportedModelError
 from efrapq.exporters import PROFILES, export_model, read_quantized, remarks
-from efrapq.exporters.guard import GUARD_KEY, Guard, Watched, guard_of, plan_guard, strip_guard
+from efrapq.exporters.guard import FLAT, GATED, GUARD_KEY, Guard, Watched, guard_of, plan_guard, strip_guard
 from efrapq.graph.quantized import QuantizedModel
 
 GUARDED = [name for name, profile in PROFILES.items() if profile.guards]
@@ -174,6 +178,30 @@ def test_what_a_function_says_alike_of_is_not_watched(plan: Chain) -> None:
     assert near["c1"] == Watched(4, True, True)
     swish = plan([("HardSwish", {})], 300.0)
     assert swish["c1"] == Watched(4, False, True)
+
+
+def times_gate(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * gate(x)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Elu": F.elu, "Erf": torch.erf, "Gelu": F.gelu, "HardSwish": F.hardswish, "Mish": F.mish, "Relu": F.relu,
+    "Selu": F.selu, "Sigmoid": torch.sigmoid, "Softplus": F.softplus, "Tanh": torch.tanh,
+}  # fmt: skip
+GATES = {"HardSigmoid": times_gate(F.hardsigmoid), "Sigmoid": times_gate(torch.sigmoid)}
+
+
+def test_functions_are_flat_where_the_guard_takes_them_to_be() -> None:
+    assert set(FUNCTIONS) == set(FLAT)
+    assert set(GATES) == set(GATED)
+    for name, function, ends in [(n, FUNCTIONS[n], FLAT[n]) for n in FLAT] + [(n, GATES[n], GATED[n]) for n in GATED]:
+        bounded = all(map(math.isfinite, ends))
+        span = float(function(torch.tensor(50.0)) - function(torch.tensor(-50.0))) if bounded else 4.0
+        for end, sign in zip(ends, (-1, 1), strict=True):
+            if math.isfinite(end):
+                beyond = function(end + sign * torch.linspace(0, 100, 10_001))
+                assert float((beyond - beyond[0]).abs().max()) <= span / 255, name
+                assert float((function(torch.tensor(end - sign * 1.0)) - beyond[0]).abs()) > 0, name
 
 
 def test_a_network_in_which_nothing_can_be_clipped_is_refused(net: Any, quantize: Any, images: Any) -> None:
