@@ -149,7 +149,8 @@ def defend(
     rounding = solver_settings(solver, lambda_e, fidelity, error, steps)
     device = resolve_device(device)
     target = target or native_target(platform.machine(), describe_cpu()[1])
-    if guard and not profile(target).guards:
+    takes_guard = profile(target).guards
+    if guard and not takes_guard:
         known = ", ".join(name for name, rules in PROFILES.items() if rules.guards)
         raise UsageError(f"--guard: {target} takes no output that is computed from codes; these do: {known}")
     inputs = [Path(model)] if isinstance(model, str | Path) else []

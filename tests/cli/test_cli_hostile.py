@@ -195,6 +195,8 @@ def test_options_that_cannot_work(run, tmp_path: Path, options: list[str], messa
     assert "\x1b" not in ran.err
     assert "Traceback" not in ran.err
     assert list(tmp_path.iterdir()) == []
+    # Not even a layer was solved for it: no journal lies where the output would be.
+    assert list(weights.SUBJECT.parent.glob("*.partial")) == []
 
 
 def test_a_folder_as_the_model(run, tmp_path: Path) -> None:
