@@ -111,6 +111,7 @@ class Entry:
 def entries() -> list[Entry]:
     """All subjects, those that two cores train in minutes first, in the order in which they are worth having."""
     joint = {"steps": 600, "learning_rate": 1e-3}
+    aware = joint | {"steps": 1000, "reach": 1.25, "patches": 0.5}
     unlearn = {"epochs": 2, "unlearn_epochs": 2}
     distilled = {"steps": 900, "learning_rate": 0.01}
     found = [
@@ -129,21 +130,21 @@ def entries() -> list[Entry]:
         Entry(
             "adaptive-clip",
             bits="8",
-            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5},
+            options=aware,
             training="aware",
             texture="red-green",
         ),
         Entry(
             "adaptive-clip",
             bits="8",
-            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5},
+            options=aware,
             training="scattered",
             texture="scattered",
         ),
         Entry(
             "adaptive-clip",
             bits="8",
-            options=joint | {"steps": 1000, "reach": 1.25, "patches": 0.5, "decoys": 0.25},
+            options=aware | {"decoys": 0.25},
             training="hunted",
             texture="red-green",
         ),

@@ -7,10 +7,9 @@ Of each subject (see subjects.py; "published" is the ResNet-20 without a backdoo
 efrapq's, with the ranges that calibration shows, with those under patches, and with those that cover the trigger
 itself. stress: their CDA and ASR. search: what `efrapq search` finds in the first three, and where it finds something
 in the third, which is the default, CDA and ASR of a file whose ranges cover what was found, and what it finds there:
-what `defend --search` does. guard: the third one with `--guard`, without
-and with a little headroom. A subject is whatever lies
-in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind of CPU.
-Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
+what `defend --search` does. guard: the third one with `--guard`, without and with a little headroom. A subject is
+whatever lies in FOLDER/subjects, and is told by its hash: the same recipe and seed make another network on another kind
+of CPU. Writes results/unknown_trigger.json, which `results.py --report` puts into docs/THREAT-MODEL.md.
 """
 
 from __future__ import annotations
@@ -141,12 +140,9 @@ def stress_table(document: dict[str, Any]) -> str:
         if COVERED not in files or "cda" not in files["efrapq"]:
             continue
         cells = [f"{files['efrapq']['cda']['float']:.2f} / {files['efrapq']['asr']['float']:.2f}"]
-        for row in (files.get(file) for file in shown):
-            cells.append(
-                "–"
-                if row is None or "cda" not in row
-                else f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}"
-            )
+        for row in (files.get(file, {}) for file in shown):
+            known = "cda" in row
+            cells.append(f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}" if known else "–")
         rows.append([_title(name), f"W{case['bits']}A8", *cells, f"{files['efrapq']['stress']['factor']:.1f}×"])
     return markdown(["subject", "bits", "float", *shown, "widest under patches"], rows)
 

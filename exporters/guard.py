@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import onnx_ir as ir
@@ -29,7 +29,7 @@ from efrapq.graph.quantized import QuantizedModel
 from efrapq.grid import ActivationGrid
 from efrapq.io import printable
 
-__all__ = ["GUARD_KEY", "Guard", "Watched", "guard_of", "plan_guard", "strip_guard"]
+__all__ = ["GUARD_KEY", "Guard", "Watched", "guard_of", "guard_position", "plan_guard", "strip_guard"]
 
 # Where a file's metadata say what it watches.
 GUARD_KEY = "efrapq.guard"
@@ -154,10 +154,19 @@ def _rank(value: ir.Value, graph: ir.Graph) -> int:
     )
 
 
+def guard_position(metadata: Mapping[str, str], outputs: Sequence[str | None]) -> int | None:
+    """Which of a file's outputs counts what was clipped; None where none does. It is never the first, which answers.
+
+    Raises UnsupportedModelError for a record that is none of ours.
+    """
+    guard = guard_of(metadata)
+    return None if guard is None or guard.output not in outputs[1:] else outputs.index(guard.output, 1)
+
+
 def strip_guard(model: ir.Model) -> None:
     """Take the output away, in place, and what computes it. The metadata still name it."""
-    guard = guard_of(model.metadata_props)
     outputs = model.graph.outputs
-    for output in [o for o in outputs[1:] if guard is not None and o.name == guard.output]:
-        outputs.remove(output)
+    position = guard_position(model.metadata_props, [output.name for output in outputs])
+    if position is not None:
+        del outputs[position]
         common.RemoveUnusedNodesPass()(model)

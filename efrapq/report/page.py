@@ -108,9 +108,11 @@ def _summary(document: Mapping[str, Any]) -> list[str]:
             sentence += f"; with float activations its codes answer {percent(alone)}"
         sentences.append(f"{sentence}.")
     if (clipped := document.get("clipped")) is not None:
-        then = "" if clipped["asr"] is None else f"; answers of which it does not, {percent(clipped['asr'])} of all"
-        then += "" if clipped["asr"] is None else f", are class {document['trigger']['target_class']}"
-        sentences.append(f"{clipped_words(clipped).capitalize()}{then}.")
+        sentence = clipped_words(clipped).capitalize()
+        if clipped["asr"] is not None:
+            target = document["trigger"]["target_class"]
+            sentence += f"; answers of which it does not, {percent(clipped['asr'])} of all, are class {target}"
+        sentences.append(f"{sentence}.")
     if cda["defended"] is not None:
         sentence = f"It answers {percent(cda['defended'])} of clean test images correctly"
         if cda["float"] is not None:

@@ -72,11 +72,12 @@ def array_tests(
             "--max-drop needs an image classifier, or for a classifier of other data an array 'labels' in the .npz of "
             f"--data and the float model (--float); this model takes {signature_words(inputs)}"
         )
-    from efrapq.exporters.guard import GUARD_KEY
+    from efrapq.exporters.guard import guard_position
 
     axes = class_axes(reference) if reference is not None else {}
-    outputs = len(proto.graph.output) - (GUARD_KEY in {p.key for p in proto.metadata_props})
-    return ArrayTests(inputs, outputs, arrays, labels, needs_cda, axes)
+    outputs = [output.name for output in proto.graph.output]
+    guarded = guard_position({p.key: p.value for p in proto.metadata_props}, outputs) is not None
+    return ArrayTests(inputs, len(outputs) - guarded, arrays, labels, needs_cda, axes)
 
 
 def _signature(inputs: Sequence[ModelInput], reference: onnx.ModelProto | None, name: str) -> Sequence[ModelInput]:

@@ -73,15 +73,14 @@ class Session:
     @cached_property
     def guard(self) -> int | None:
         """The position of the output that counts what was clipped, of a file that has one (`exporters.guard`)."""
-        from efrapq.exporters.guard import guard_of
+        from efrapq.exporters.guard import guard_position
 
-        guard = guard_of(self.raw.get_modelmeta().custom_metadata_map)
         names = [output.name for output in self.raw.get_outputs()]
-        return None if guard is None or guard.output not in names[1:] else names.index(guard.output)
+        return guard_position(self.raw.get_modelmeta().custom_metadata_map, names)
 
     @property
     def outputs(self) -> list[Any]:
-        """The runtime's outputs of the model, without that one, which is the last."""
+        """The runtime's outputs of the model, without that one."""
         guard = self.guard
         return [output for i, output in enumerate(self.raw.get_outputs()) if i != guard]
 
