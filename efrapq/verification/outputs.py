@@ -65,11 +65,11 @@ class OutputComparison:
         if not self.rows:
             return
         positions = [row.index for row in self.rows]
-        found = {name: session.run(feeds[name], positions) for name, session in self.sessions.items()}
         guard = self.sessions["defended"].guard
+        beside = {} if guard is None else {"defended": [guard]}
+        found = {name: s.run(feeds[name], positions + beside.get(name, [])) for name, s in self.sessions.items()}
         if guard is not None:
-            (ends,) = self.sessions["defended"].run(feeds["defended"], [guard])
-            self._clipped.append(measured(ends, size, count) > 0)
+            self._clipped.append(measured(found["defended"].pop(), size, count) > 0)
         for place, row in enumerate(self.rows):
             pieces = {name: measured(outputs[place], size, count) for name, outputs in found.items()}
             if "float" in pieces:
