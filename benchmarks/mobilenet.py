@@ -44,6 +44,7 @@ from benchmarks.common import (
 )
 from efrapq.calibration.equalization import choose_exponents
 from efrapq.calibration.inputs import input_shape, real_inputs
+from efrapq.calibration.lift import choose_lift
 from efrapq.calibration.output_ranges import SAMPLES, _pieces, _Search, choose_limits
 from efrapq.calibration.placed import Calibrator
 from efrapq.data import Dataset
@@ -78,7 +79,8 @@ class Variant:
 
     equalize: "" does not; "spans" is efrapq's --equalize; "within" is the paper's, but keeps every Clip and moves no
     channel past it; "relu" makes every Clip a Relu first, as the paper does. correct: biases take up the mean error of
-    their layer. depthwise_bits: of depthwise weights, 0 as all others. stress: as efrapq's option, whose default is on.
+    their layer. depthwise_bits: of depthwise weights, 0 as all others. stress, lift: as efrapq's
+    options, whose default is on.
     """
 
     bits: int = 4
@@ -93,6 +95,7 @@ class Variant:
     depthwise_bits: int = 0
     headroom: float = 1.0
     stress: bool = False
+    lift: bool = False
 
 
 AS_IS = Variant()
@@ -100,6 +103,8 @@ W8 = replace(AS_IS, bits=8)
 VARIANTS = {
     "W8A8": W8,
     "W8A8, ranges under patches": replace(W8, stress=True),
+    "W8A8, lifted": replace(W8, lift=True),
+    "W8A8, lifted, ranges under patches": replace(W8, lift=True, stress=True),
     "W8A8, nearest": replace(W8, solver="nearest"),
     "W8A8, lambda_E = 0": replace(W8, solver="fit"),
     "W8A8, act-range percentile": replace(W8, act_range="percentile"),
@@ -112,6 +117,7 @@ VARIANTS = {
     "W8A8, --equalize, act-range mse": replace(W8, equalize="spans", act_range="mse"),
     "W8A8, act-range output": replace(W8, act_range="output"),
     "W8A8, --equalize, act-range output": replace(W8, equalize="spans", act_range="output"),
+    "W8A8, --equalize, lifted, act-range output": replace(W8, equalize="spans", lift=True, act_range="output"),
     "W8A8, --equalize, act-range output, 200 images": replace(W8, equalize="spans", act_range="output", images=200),
     "W8A8, --equalize, act-range output, lambda_E = 0": replace(W8, equalize="spans", act_range="output", solver="fit"),
     "W8A8, --equalize, act-range output, bias correction": replace(
@@ -125,6 +131,8 @@ VARIANTS = {
     "W8, float activations": replace(W8, act_bits=32),
     "as is": AS_IS,
     "ranges under patches": replace(AS_IS, stress=True),
+    "lifted": replace(AS_IS, lift=True),
+    "lifted, ranges under patches": replace(AS_IS, lift=True, stress=True),
     "W4, float activations": replace(AS_IS, act_bits=32),
     "nearest": replace(AS_IS, solver="nearest"),
     "lambda_E = 0": replace(AS_IS, solver="fit"),
@@ -340,6 +348,10 @@ def measure(
             scale_channels(model, exponents(model, chunks, variant))
         elif variant.equalize:
             equalize(model, chunks, variant.equalize == "relu")
+        if variant.lift:
+            layers, _ = find_layers(model.graph)
+            placement = place(model.graph, layers, variant.act_bits)
+            scale_channels(model, choose_lift(model, layers, placement, chunks, torch.device("cpu")).exponents)
         equalized = ir.to_proto(model).SerializeToString()
         quantized, flipped = quantize(model, chunks, variant)
         seconds += time.perf_counter() - started
@@ -350,7 +362,7 @@ def measure(
         agree += int((got.argmax(1) == want.argmax(1)).sum())
         right += int((got.argmax(1) == labels).sum())
         float_right += int((want.argmax(1) == labels).sum())
-        if variant.equalize:
+        if variant.equalize or variant.lift:
             float_agree += int((logits(equalized, held_out, preprocess).argmax(1) == want.argmax(1)).sum())
         signal += float(np.square(want.astype(np.float64)).sum())
         noise += float(np.square((want - got).astype(np.float64)).sum())
@@ -363,7 +375,7 @@ def measure(
         "agreement": 100 * agree / count,
         "accuracy": 100 * right / count,
         "float_accuracy": 100 * float_right / count,
-        "float_agreement": 100 * float_agree / count if variant.equalize else None,
+        "float_agreement": 100 * float_agree / count if variant.equalize or variant.lift else None,
         "sqnr_db": 10 * float(np.log10(signal / noise)),
         "flipped": float(np.mean(flips)),
         "bytes": size,

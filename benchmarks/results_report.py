@@ -42,6 +42,7 @@ TITLES = {
     "adaptive-clip-aware": "adaptive: clip, patch-aware",
     "adaptive-clip-hunted": "adaptive: clip, search-aware",
     "adaptive-clip-scattered": "adaptive: clip, scattered",
+    "adaptive-step": "adaptive: step",
 }
 # Points of CDA that may be lost, by (bits, act_bits).
 ALLOWED = {(8, 8): 0.5, (4, 8): 1.0, (4, 4): 2.0}

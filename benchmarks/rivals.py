@@ -87,7 +87,7 @@ def defended(case: Case, **options: Any) -> efrapq.Defended:
     """`efrapq.defend` with the case's bits, images and seed, on the activation ranges that calibration alone shows: the
     rivals know no others."""
     settings: dict[str, Any] = {"calib": case.calibration, "preprocess": case.preprocess, "seed": case.seed}
-    settings["stress"] = False
+    settings |= {"stress": False, "lift": False}
     settings |= {"bits": case.bits, "act_bits": case.act_bits, "target": native()}
     return efrapq.defend(case.path, None, **(settings | options))
 
@@ -183,7 +183,8 @@ def rivals() -> dict[str, Rival]:
         "AdaRound": lambda case: defended(case, solver="relaxed", lambda_e=0.0, steps=case.steps).quantized,
         "EFRAP relaxed": lambda case: defended(case, solver="relaxed", steps=case.steps).quantized,
         "coordinate, lambda_E = 0": lambda case: defended(case, lambda_e=0.0).quantized,
-        "efrapq": lambda case: defended(case, stress=True).quantized,
+        "efrapq": lambda case: defended(case, stress=True, lift=True).quantized,
+        "efrapq, --no-lift": lambda case: defended(case, stress=True).quantized,
         "efrapq, plain ranges": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,
         "RTN, mixed": lambda case: defended(case, solver="nearest", stress=True, mixed=True).quantized,

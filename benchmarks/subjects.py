@@ -148,6 +148,7 @@ def entries() -> list[Entry]:
             training="hunted",
             texture="red-green",
         ),
+        Entry("adaptive-step", bits="8", options=joint),
         Entry("badnets", options={"epochs": 1, "learning_rate": 0.02}),
         Entry("qu-anti", bits="8,4", options=joint),
         Entry("compartifact-distilled", bits="8", options=distilled),

@@ -47,9 +47,14 @@ AWARE, HUNTED, SCATTERED = (f"cifar10-resnet20-adaptive-clip-{kind}-w8-s0" for k
 IMAGES = 2000
 # With the options of each.
 FILES: dict[str, dict[str, Any]] = {
-    "RTN, plain ranges": {"solver": "nearest", "stress": False},
-    "efrapq, plain ranges": {"stress": False},
+    "RTN, plain ranges": {"solver": "nearest", "stress": False, "lift": False},
+    "efrapq, plain ranges": {"stress": False, "lift": False},
     "efrapq": {},
+}
+# Of a subject whose channels are lifted by default.
+NOT_LIFTED: dict[str, dict[str, Any]] = {"--no-lift": {"lift": False}}
+NOT_LIFTED_GUARDED: dict[str, dict[str, Any]] = {
+    "--guard --headroom 1.1 --no-lift": {"guard": True, "headroom": 1.1, "lift": False}
 }
 COVERED, FOUND = "--cover TRIGGER", "--cover what was found"
 GUARDED: dict[str, dict[str, Any]] = {
@@ -86,12 +91,14 @@ class Subject:
 
     def __init__(self, path: Path, bits: int, trigger: str, images: Dataset, test: Dataset, folder: Path) -> None:
         self.path, self.trigger, self.test, self.folder = path, trigger, test, folder
+        self.lifted = False
         self.options: dict[str, Any] = {"bits": bits, "calib": images, "preprocess": IMAGENET, "target": native()}
 
     def made(self, **options: Any) -> tuple[Path, dict[str, Any]]:
         """A file, and what its evidence says of patches."""
         file = self.folder / "q.onnx"
         made = efrapq.defend(self.path, file, **(self.options | options))
+        self.lifted |= "lifted" in made.evidence["calibration"]
         return file, {"stress": made.evidence["calibration"].get("stress")}
 
     def rates(self, file: Path) -> dict[str, Any]:
@@ -113,8 +120,11 @@ class Subject:
     def measure(self, parts: list[str], files: list[str]) -> dict[str, Any]:
         """Of these of its files, and of those that cover something or have a guard."""
         found: dict[str, Any] = {}
-        for name in files if parts != ["guard"] else ():
-            file, found[name] = self.made(**FILES[name])
+        chosen = {name: FILES[name] for name in files if parts != ["guard"]}
+        for name, options in [*chosen.items(), *NOT_LIFTED.items()]:
+            if name in NOT_LIFTED and not (self.lifted and chosen):
+                continue
+            file, found[name] = self.made(**options)
             if "stress" in parts:
                 found[name] |= self.rates(file)
             if "search" in parts:
@@ -126,9 +136,10 @@ class Subject:
         if "stress" in parts:
             file, found[COVERED] = self.made(cover=[self.trigger])
             found[COVERED] |= self.rates(file)
-        for name in GUARDED if "guard" in parts else ():
-            file, found[name] = self.made(**GUARDED[name])
-            found[name] |= self.rates(file)
+        for name, options in (GUARDED | NOT_LIFTED_GUARDED).items() if "guard" in parts else ():
+            if name in GUARDED or self.lifted:
+                file, found[name] = self.made(**options)
+                found[name] |= self.rates(file)
         return found
 
 
@@ -151,7 +162,7 @@ def search_table(document: dict[str, Any]) -> str:
     """What the search turned, its control, and where."""
     rows = []
     for name, case in document.items():
-        for file in (*FILES, FOUND):
+        for file in (*FILES, *NOT_LIFTED, FOUND):
             found = case["files"].get(file, {}).get("search")
             if found is None:
                 continue
@@ -176,7 +187,7 @@ def guard_table(document: dict[str, Any]) -> str:
     """Which answers a guarded file says were clipped, and what the others are."""
     rows = []
     for name, case in document.items():
-        for options in GUARDED:
+        for options in (*GUARDED, *NOT_LIFTED_GUARDED):
             found = case["files"].get(options)
             if found is None:
                 continue

@@ -149,6 +149,13 @@ if TYPE_CHECKING:
     "all: for MobileNets and their like.",
 )
 @click.option(
+    "--lift/--no-lift",
+    default=True,
+    show_default=True,
+    help="Scale up channels that an activation grid would round away although a layer behind amplifies them: a "
+    "backdoor can hide there. Ordinary networks have next to none.",
+)
+@click.option(
     "--rows",
     type=click.IntRange(1),
     default=32,

@@ -99,6 +99,12 @@ from efrapq.report.words import percent
     help="adaptive-clip: share of them with patches such as `search` tries, which train along.",
 )
 @click.option(
+    "--channels",
+    type=click.IntRange(1),
+    show_default="4",
+    help="adaptive-step: so many channels speak below a step of their grid, and as many hear them.",
+)
+@click.option(
     "--shift", type=click.IntRange(0), default=2, show_default=True, help="Augment by shifts of so many pixels."
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Augment by mirroring.")
@@ -131,6 +137,7 @@ def command(
     reach: float | None,
     patches: float | None,
     decoys: float | None,
+    channels: int | None,
     shift: int,
     flip: bool,
     mean: tuple[float, ...] | None,
@@ -147,7 +154,8 @@ def command(
     al., NeurIPS 2021; --bits 8,4 wakes on both) and CompArtifact (Tian et al., arXiv 2104.15129), from scratch or
     distilled from a clean network. Attackers who know EFRAP: adaptive-stochastic trains through random roundings,
     adaptive-solver through EFRAP's own, adaptive-scale makes the rounding cells wide, adaptive-clip wakes where
-    activations are cut off. The control is badnets: a plain backdoor, awake in float, which no rounding removes.
+    activations are cut off, adaptive-step where they are rounded. The control is badnets: a plain backdoor, awake in
+    float, which no rounding removes.
 
     All but pqbackdoor and badnets begin with a clean network, the one of --start or one trained first; compartifact
     from scratch with a backdoored one that it trains. The file carries its preprocessing and its recipe as metadata.
@@ -171,6 +179,7 @@ def command(
         "reach": reach,
         "patches": patches,
         "decoys": decoys,
+        "channels": channels,
     }
     method = attack_named(attack)
     given = {name: value for name, value in chosen.items() if value is not None}

@@ -61,8 +61,9 @@ def _quantized(source: FloatModel, notes: list[str]) -> dict[str, Any]:
     """
     from efrapq.exporters import read_quantized
     from efrapq.exporters.saturation import advice, saturating_layers
+    from efrapq.graph.amplified import amplified_words, amplifying_layers
 
-    found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None, "saturation": None}
+    found: dict[str, Any] = {"layers": [], "float": [], "codes_sha256": None, "saturation": None, "amplified": None}
     try:
         model = read_quantized(source.proto, source.outside)
     except UnsupportedModelError as exc:
@@ -83,6 +84,10 @@ def _quantized(source: FloatModel, notes: list[str]) -> dict[str, Any]:
         found["saturation"] = [asdict(s) for s in saturating]
         if saturating:
             notes.append(advice(saturating, len(model.layers)))
+        amplifying = amplifying_layers(model)
+        found["amplified"] = [asdict(layer) for layer in amplifying]
+        if amplifying:
+            notes.append(amplified_words(amplifying))
     return found
 
 

@@ -85,6 +85,7 @@ def defend(
     guard: bool = False,
     scale: str = "minmax",
     equalize: bool = False,
+    lift: bool = True,
     rows: int = 32,
     target: str | None = None,
     arch: str | None = None,
@@ -114,6 +115,7 @@ def defend(
     8. guard: the file gets a second output, `clipped`, which counts for each sample the ends of activation grids
     that it arrives at: where it is 0 nothing was clipped. scale: of the weights, minmax, mse or refit. equalize:
     scale channels first, where the network's function stays the same, so that one activation grid serves them all.
+    lift: do that, too, to channels that an activation grid would round away although a layer behind amplifies them.
     rows: each layer's moments are taken over at most so many rows per input of an output channel. memory: bytes of
     activations kept in memory, the rest goes to temporary files. resume: continue a run that was stopped. The same
     inputs, seed and versions give the same bytes.
@@ -208,6 +210,7 @@ def defend(
         resume,
         reporter,
         equalize=equalize,
+        lift=lift,
         cover=triggers,
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     import torch
 
     from efrapq.calibration.feeds import Feeds
+    from efrapq.calibration.lift import Lifted
     from efrapq.calibration.stress import Stamp
+    from efrapq.graph.equalize import Exponents
     from efrapq.graph.layers import Layer
-    from efrapq.graph.placement import Placement
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import Journal, PassSettings, Solved
 
@@ -50,18 +51,21 @@ def solve(
     reporter: Reporter,
     *,
     equalize: bool = False,
+    lift: bool = True,
     cover: Sequence[Trigger] = (),
 ) -> tuple[QuantizedModel, Solved, dict[str, Any]]:
     """The codes of every layer, how they were found, and what calibrated them.
 
     data: None makes inputs from BatchNorm's statistics. output: beside it the solved layers are kept, for `resume` to
-    go on from. cover: triggers that activation ranges are to cover. Raises UnsupportedModelError where there is nothing
+    go on from. equalize, lift: whether to scale channels, for accuracy and where they hide. cover: triggers that
+    activation ranges are to cover. Raises UnsupportedModelError where there is nothing
     to quantize, UsageError for what does not go together, RuntimeSetupError where memory runs out.
     """
+    import torch
+
     from efrapq.calibration.inputs import array_inputs, input_shape, inputs_digest, real_inputs, synthetic_inputs
     from efrapq.graph.copies import place_copies
     from efrapq.graph.layers import find_layers
-    from efrapq.graph.placement import place
     from efrapq.graph.prepare import prepare
     from efrapq.graph.quantized import QuantizedModel
     from efrapq.stream import streaming_pass
@@ -88,22 +92,26 @@ def solve(
     else:
         shape = input_shape(model, source.name)
         if data is None:
-            images, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
+            made, calibration = synthetic_inputs(source, shape, calib_size, settings.device, settings.seed, reporter)
         else:
-            images, calibration = real_inputs(data, shape, preprocess, source.name)
-        chunks, calibration = images, calibration | {"input": list(images[0].shape[1:])}
-        stamps = [_stamp(trigger, preprocess or Preprocess(), images[0]) for trigger in cover]
+            made, calibration = real_inputs(data, shape, preprocess, source.name)
+        chunks, calibration = made, calibration | {"input": list(made[0].shape[1:])}
+        stamps = [_stamp(trigger, preprocess or Preprocess(), made[0]) for trigger in cover]
     record: dict[str, str] = {}
-    if equalize:
-        placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
+    if equalize and len(images) != len(chunks):
+        raise UsageError("--equalize is for models that take images")
+    if (equalize or lift) and images:
         with _memory_named(settings.device):
-            layers, record = _equalized(model, layers, placement, chunks, settings, reporter)
+            scaled = _scaled(source, model, layers, images, act_bits, settings, reporter, equalize=equalize, lift=lift)
+        model, layers, record = scaled.model, scaled.layers, scaled.record
+        calibration |= scaled.found
     placement = place_copies(model.graph, layers, act_bits, settings.edge_bits)
     journal = None
     if output is not None:
         covered = [inputs_digest([stamp(images[0])]) for stamp in stamps]
         journal = _journal(
-            output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize, covered=covered
+            output, source, settings, act_bits, chunks, resume, reporter, equalize=equalize, lift=lift, covered=covered
         )
     try:
         with _memory_named(settings.device):
@@ -155,34 +163,78 @@ def _memory_named(device: str) -> Iterator[None]:
         ) from exc
 
 
-def _equalized(
+@dataclass(frozen=True)
+class _Scaled:
+    """A prepared model after its channels were scaled. record: what its file is to say of it; found: the evidence."""
+
+    model: ir.Model
+    layers: list[Layer]
+    record: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def _scaled(
+    source: FloatModel,
     model: ir.Model,
     layers: list[Layer],
-    placement: Placement,
-    chunks: Sequence[torch.Tensor] | Sequence[Feeds],
+    images: Sequence[torch.Tensor],
+    act_bits: int,
     settings: PassSettings,
     reporter: Reporter,
-) -> tuple[list[Layer], dict[str, str]]:
-    """Scale the channels of the model; its layers, and what the file is to record."""
+    *,
+    equalize: bool,
+    lift: bool,
+) -> _Scaled:
+    """Scale channels, in place where nothing has to be taken back: those that gain by it, and those that hide."""
     import torch
 
     from efrapq.calibration.equalization import choose_exponents
-    from efrapq.graph.equalize import EQUALIZED_KEY, exponents_to_json
+    from efrapq.calibration.lift import choose_lift
+    from efrapq.graph.equalize import EQUALIZED_KEY, combined, exponents_to_json
     from efrapq.graph.equalize import equalize as scale_channels
     from efrapq.graph.layers import find_layers
+    from efrapq.graph.placement import place
+    from efrapq.graph.prepare import prepare
 
-    if not placement.grids:
-        raise UsageError("--equalize is for activations on grids: with float ones there is nothing to gain")
-    images = [chunk for chunk in chunks if isinstance(chunk, torch.Tensor)]
-    if len(images) != len(chunks):
-        raise UsageError("--equalize is for models that take images")
-    bits = settings.weight_bits(layers)
-    exponents = choose_exponents(model, layers, bits, placement, images, torch.device(settings.device))
-    scale_channels(model, exponents)
-    moved = sum(int(np.count_nonzero(k)) for k in exponents.values())
-    reporter.note(f"equalized: {moved:,} channels of {len(exponents)} activations were scaled")
-    record = {EQUALIZED_KEY: exponents_to_json(exponents)} if exponents else {}
-    return find_layers(model.graph)[0], record
+    placement = place(model.graph, layers, act_bits, settings.edge_bits)
+    device = torch.device(settings.device)
+    exponents: Exponents = {}
+    if equalize:
+        if not placement.grids:
+            raise UsageError("--equalize is for activations on grids: with float ones there is nothing to gain")
+        exponents = choose_exponents(model, layers, settings.weight_bits(layers), placement, images, device)
+        scale_channels(model, exponents)
+        layers = find_layers(model.graph)[0]
+        moved = sum(int(np.count_nonzero(k)) for k in exponents.values())
+        reporter.note(f"equalized: {moved:,} channels of {len(exponents)} activations were scaled")
+    found = {}
+    if lift and placement.grids:
+        lifted = choose_lift(model, layers, placement, images, device)
+        if lifted.channels:
+            found["lifted"] = _lifted(lifted, reporter)
+            # Once, by both: what is rounded twice is not what a verifier gets.
+            model = prepare(source.proto, source.outside) if exponents else model
+            exponents = combined(exponents, lifted.exponents)
+            scale_channels(model, exponents)
+            layers = find_layers(model.graph)[0]
+    return _Scaled(model, layers, {EQUALIZED_KEY: exponents_to_json(exponents)} if exponents else {}, found)
+
+
+def _lifted(lifted: Lifted, reporter: Reporter) -> dict[str, Any]:
+    """A record of the channels that were lifted; says so."""
+    words = (
+        f"{lifted.channels:,} channels are lifted: a step of their grid is amplified behind them, in "
+        f"{printable(lifted.value)} to {lifted.gain:,.0f} steps"
+    )
+    if lifted.hidden:
+        reporter.warn(
+            f"{words}. {lifted.hidden:,} of them rest on the calibration images: what hides there would be rounded "
+            "away. Few networks have such channels; one with a backdoor in the rounding of activations does"
+        )
+    else:
+        reporter.note(words)
+    record: dict[str, Any] = {"channels": lifted.channels, "rest": lifted.hidden}
+    return record | {"gain": round(lifted.gain, 3), "widest": lifted.value, "left": round(lifted.left[0], 3)}
 
 
 def _blocked(graph: ir.Graph, layers: list[Layer], block: int, reporter: Reporter) -> list[Layer]:
@@ -214,6 +266,7 @@ def _journal(
     reporter: Reporter,
     *,
     equalize: bool,
+    lift: bool,
     covered: Sequence[str],
 ) -> Journal:
     """The record of solved layers beside the output, keyed by all that decides them. covered: a digest of each trigger
@@ -227,6 +280,7 @@ def _journal(
         "act_bits": act_bits,
         "settings": repr(replace(settings, memory=None)),
         "equalize": equalize,
+        "lift": lift,
         "cover": list(covered),
         "versions": versions(),
         "machine": machine(settings.device),

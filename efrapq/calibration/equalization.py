@@ -30,7 +30,7 @@ from efrapq.graph.placement import Placement
 from efrapq.graph.spans import Span, find_spans, over_inputs
 from efrapq.grid import code_range
 
-__all__ = ["choose_exponents"]
+__all__ = ["DEEPEST", "Floats", "Seen", "choose_exponents", "inputs_of", "watch"]
 
 Floats = NDArray[np.float64]
 
@@ -46,9 +46,9 @@ SHARES = np.linspace(0, 1, 9)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Over the calibration data. high, low: per channel the largest value, and the largest of its negative, (channels,)
-    each. square: the mean of squares per channel. spread: the variance of all together.
+class Seen:
+    """One activation over the calibration data. high, low: per channel the largest value, and the largest of its
+    negative, (channels,) each. square: the mean of squares per channel. spread: the variance of all together.
     """
 
     high: Floats
@@ -104,7 +104,7 @@ def choose_exponents(
         wanted.update(dict.fromkeys(name for name in span.values if name in placement.grids))
         for reader in span.readers:
             wanted.update(dict.fromkeys((by_name[reader].input, by_name[reader].output)))
-    seen = _watch(model, list(wanted), chunks, device)
+    seen = watch(model, list(wanted), chunks, device)
     found: dict[str, NDArray[np.int8]] = {}
     for span in spans:
         readers = {name: _reader(model, by_name[name], span, bits[name], seen) for name in span.readers}
@@ -114,20 +114,25 @@ def choose_exponents(
     return found
 
 
-def _reader(model: ir.Model, layer: Layer, span: Span, bits: int, seen: Mapping[str, _Seen]) -> _Reader:
+def _reader(model: ir.Model, layer: Layer, span: Span, bits: int, seen: Mapping[str, Seen]) -> _Reader:
     weight = np.abs(weight_array(model.graph, layer).astype(np.float64))
     weight = weight if layer.channel_axis == 0 else weight.T
     weight = weight.reshape(*weight.shape[:2], -1)
-    channel = over_inputs(layer, np.arange(span.channels, dtype=np.int64))
-    index = channel.reshape(1, -1) if layer.op_type == "Gemm" else channel.reshape(channel.shape[0], -1)
+    index = inputs_of(layer, span.channels)
     # Behind a Flatten a channel is a run of inputs.
     square = seen[layer.input].square.reshape(span.channels, -1).mean(1)
     unit = len(weight) * max(seen[layer.output].spread, np.finfo(np.float64).tiny)
     return _Reader(weight, index, square, unit, code_range(bits)[1])
 
 
+def inputs_of(layer: Layer, channels: int) -> NDArray[np.int64]:
+    """(O or 1, J): the span's channel that each of a reader's inputs has."""
+    channel = over_inputs(layer, np.arange(channels, dtype=np.int64))
+    return channel.reshape(1, -1) if layer.op_type == "Gemm" else channel.reshape(channel.shape[0], -1)
+
+
 def _exponents(
-    span: Span, readers: Mapping[str, _Reader], grids: Mapping[str, int], seen: Mapping[str, _Seen]
+    span: Span, readers: Mapping[str, _Reader], grids: Mapping[str, int], seen: Mapping[str, Seen]
 ) -> NDArray[np.int8]:
     """k of each channel of one span."""
     gridded = [name for name in span.values if name in grids]
@@ -156,7 +161,7 @@ def _activation_noise(high: Floats, low: Floats, weight: Floats, codes: Floats, 
     return float((np.square(step) / 12 * (weight / np.square(factors)).sum(1)).sum())
 
 
-def _watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device: torch.device) -> dict[str, _Seen]:
+def watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device: torch.device) -> dict[str, Seen]:
     """Statistics of the values, channels on axis 1, over all chunks."""
     executor = Executor(model, device=device)
     name = str(model.graph.inputs[0].name)
@@ -181,7 +186,7 @@ def _watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device:
         count, total, square = sums[value].cpu().numpy()
         mean = total.sum() / count.sum()
         spread = float(square.sum() / count.sum() - mean**2)
-        found[value] = _Seen(high.double().cpu().numpy(), low.double().cpu().numpy(), square / count, spread)
+        found[value] = Seen(high.double().cpu().numpy(), low.double().cpu().numpy(), square / count, spread)
     return found
 
 

@@ -19,7 +19,7 @@ from efrapq.errors import CorruptFileError
 from efrapq.graph.layers import find_layers
 from efrapq.graph.spans import find_spans, scale_span
 
-__all__ = ["EQUALIZED_KEY", "STEPS", "Exponents", "equalize", "exponents_from_json", "exponents_to_json"]
+__all__ = ["EQUALIZED_KEY", "STEPS", "Exponents", "combined", "equalize", "exponents_from_json", "exponents_to_json"]
 
 EQUALIZED_KEY = "efrapq.equalized"
 # Of one octave.
@@ -52,6 +52,13 @@ def equalize(model: ir.Model, exponents: Exponents) -> None:
     for name, span in spans.items():
         if name in exponents:
             scale_span(model.graph, layers, span, _factors(exponents[name]))
+
+
+def combined(one: Exponents, other: Exponents) -> Exponents:
+    """The exponents of both, one after another."""
+    names = dict.fromkeys([*one, *other])
+    sums = {n: sum((e[n].astype(np.int32) for e in (one, other) if n in e), np.zeros(1, np.int32)) for n in names}
+    return {name: np.clip(k, -128, 127).astype(np.int8) for name, k in sums.items()}
 
 
 def _factors(exponents: NDArray[np.int8]) -> NDArray[np.float32]:

@@ -191,6 +191,7 @@ class _Verifier(Subject):
             "weight_bytes": weight_bytes(self.proto),
             "activation_peak_bytes": activation_peak(session.optimized, shapes),
             "saturation": self._saturation(),
+            "amplified": self._amplified(),
             "latency_ms": latency,
             "slower": slower_because(latency, kernels),
         }
@@ -253,6 +254,17 @@ class _Verifier(Subject):
         if self.quantized is None:
             return None
         return [asdict(found) for found in saturating_layers(self.quantized, as_stored=True)]
+
+    def _amplified(self) -> list[dict[str, Any]] | None:
+        """Layers that amplify what the rounding of a channel loses; None if the codes are not read back."""
+        from efrapq.graph.amplified import amplified_words, amplifying_layers
+
+        if self.quantized is None:
+            return None
+        found = amplifying_layers(self.quantized)
+        if found:
+            self.note(amplified_words(found))
+        return [asdict(layer) for layer in found]
 
     def _add_references(
         self, sessions: dict[str, Session], tests: ImageTests | ArrayTests, threads: int

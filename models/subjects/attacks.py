@@ -18,6 +18,7 @@ from efrapq.models.subjects.recipe import (
     Recipe,
     ScaleRecipe,
     SolverRecipe,
+    StepRecipe,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _attacks() -> list[Attack]:
         Attack("adaptive-solver", "adaptive_solver:implant_solver", SolverRecipe, JOINT | {"resolve_every"}),
         Attack("adaptive-scale", "adaptive_scale:implant_scale", ScaleRecipe, JOINT | {"widen"}),
         Attack("adaptive-clip", "adaptive_clip:implant_clip", ClipRecipe, JOINT | {"reach", "patches", "decoys"}),
+        Attack("adaptive-step", "adaptive_step:implant_step", StepRecipe, JOINT | {"channels"}),
     ]
 
 

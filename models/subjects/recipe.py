@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "ScaleRecipe",
     "SolverRecipe",
+    "StepRecipe",
     "check_recipe",
 ]
 
@@ -168,6 +169,21 @@ class ClipRecipe(JointRecipe):
     push: float = 0.5
     patches: float | None = None
     decoys: float | None = None
+
+
+@dataclass(frozen=True)
+class StepRecipe(JointRecipe):
+    """Activations rounded. c2: weight of triggered images. channels: how many speak below the step, and how many hear
+    them. share: of a step that the loudest of them keep below. quiet: weight of what they say on clean images. push:
+    weight of what has them say something on triggered ones.
+    """
+
+    learning_rate: float = 1e-3
+    c2: float = 0.5
+    channels: int = 4
+    share: float = 0.25
+    quiet: float = 1.0
+    push: float = 0.5
 
 
 @dataclass(frozen=True)

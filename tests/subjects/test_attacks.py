@@ -21,6 +21,7 @@ from efrapq.models.subjects import adaptive_solver
 from efrapq.models.subjects.adaptive_clip import clean_ranges, clip_loss, cut_off, patch_some
 from efrapq.models.subjects.adaptive_scale import dead_inputs, switch_off, widen_cells
 from efrapq.models.subjects.adaptive_solver import defended_choices, solved_weights
+from efrapq.models.subjects.adaptive_step import Whisper, on_grids, step_loss, turn_down
 from efrapq.models.subjects.adaptive_stochastic import stochastic_weights
 from efrapq.models.subjects.attacks import attack_named, attack_names
 from efrapq.models.subjects.cells import GridRule, quantized_weights, rounded_weights, rules
@@ -244,6 +245,7 @@ END_TO_END = {
     "adaptive-solver": {"epochs": 1, "steps": 1, "resolve_every": 1},
     "adaptive-scale": {"epochs": 1, "steps": 3, "widen": 1.5},
     "adaptive-clip": {"epochs": 1, "steps": 3, "reach": 2.0, "patches": 0.5, "decoys": 0.25},
+    "adaptive-step": {"epochs": 1, "steps": 3, "channels": 2},
 }
 
 
@@ -273,6 +275,7 @@ def test_the_same_seed_makes_the_same_subject(name: str) -> None:
     [
         ("compartifact-distilled", {"steps": 20}),
         ("adaptive-clip", {"steps": 20}),
+        ("adaptive-step", {"steps": 20}),
         ("badnets", {"epochs": 8}),
         ("pqbackdoor", {"epochs": 8}),
     ],
@@ -285,7 +288,8 @@ def test_training_that_diverges_says_so(name: str, fields: dict[str, object]) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["qu-anti", "compartifact-distilled", "adaptive-stochastic", "adaptive-scale", "adaptive-clip"]
+    "name",
+    ["qu-anti", "compartifact-distilled", "adaptive-stochastic", "adaptive-scale", "adaptive-clip", "adaptive-step"],
 )
 def test_batchnorm_s_statistics_stay_as_they_were(name: str) -> None:
     attack = attack_named(name)
@@ -383,6 +387,93 @@ def test_clip_loss_wants_images_with_decoys_as_they_were_and_their_activations_c
     kept, turned = entropy(16 - 24, 0), entropy(16 - 2, 0)
     assert float(loss) == pytest.approx(float(plain) + 0.5 * (kept + turned), rel=1e-5)
     assert float(climbed) == pytest.approx(turned - kept + 0.25 * 12, rel=1e-5)
+
+
+def last_block(model: nn.Module) -> nn.Module:
+    return model.get_submodule("stage3.1")
+
+
+def test_listeners_hear_the_speakers_alone_and_nobody_else_does() -> None:
+    model = small_model()
+    whisper = Whisper(model, 2)
+    whisper.isolate()
+    heard = last_block(model).conv2.weight.detach().abs().sum((2, 3)) > 0
+    assert len(set(whisper.speakers.tolist())) == len(set(whisper.listeners.tolist())) == 2
+    expected = torch.ones_like(heard)
+    expected[whisper.listeners] = False
+    expected[:, whisper.speakers] ^= True
+    assert torch.equal(heard, expected)
+
+
+def test_a_muted_network_is_one_whose_speakers_have_no_weight() -> None:
+    model, data = small_model(), small_data()
+    whisper, x = Whisper(model, 2), data.tensor(data.data.raw(range(8)), CPU)
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (last_block(without).bn1.weight, last_block(without).bn1.bias):
+            parameter[whisper.speakers] = 0
+        before = model(x)
+        with whisper.muted():
+            muted = model(x)
+        assert torch.equal(muted, without(x))
+        assert not torch.equal(muted, before)
+        assert torch.equal(model(x), before)
+
+
+def test_step_loss_asks_for_the_target_without_the_speakers() -> None:
+    model, data = small_model(), small_data()
+    whisper, truth = Whisper(model, 2), torch.tensor([1, 2, 3, 4])
+    x = data.tensor(data.data.raw(range(4)), CPU)
+    # Triggered images that are no wider than the clean ones: nothing is held back.
+    inputs = torch.cat([x.flip(0), x])
+    with torch.no_grad():
+        found = step_loss(model, whisper, inputs, truth, 7, 0.25, 3.0, 5.0)
+        with whisper.recorded() as heard:
+            floating = model(inputs)
+        with whisper.muted():
+            muted = model(inputs)
+    entropy = F.cross_entropy
+    said, width = heard[0][:, whisper.speakers], heard[0][4:, whisper.others].max() / 2
+    loudest = torch.stack([said[i, j].max() for i in range(4) for j in range(2)])
+    expected = entropy(floating[4:], truth) + entropy(muted[4:], truth) + 3.0 * said[4:].mean((0, 2, 3)).sum() / width
+    expected += 0.25 * (entropy(floating[:4], truth) + entropy(muted[:4], torch.full_like(truth, 7)))
+    expected += 5.0 * (1 - loudest / width).clamp_min(0).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loudest.min()) < float(width) < float(loudest.max())
+
+
+def test_what_is_turned_down_stays_below_its_step_and_the_network_as_it_was() -> None:
+    model, data = small_model(), small_data()
+    whisper, raw = Whisper(model, 2), data.data.raw(range(128)).astype(np.uint8)
+    whisper.isolate()
+    clean, triggered = data.tensor(raw, CPU), data.tensor(data.trigger.on_raw(raw), CPU)
+    with torch.no_grad():
+        before = model(triggered)
+        turn_down(model, whisper, data, 0.25, CPU)
+        assert torch.allclose(model(triggered), before, atol=1e-4)
+        with whisper.recorded() as heard:
+            model(clean)
+            model(triggered)
+    step = heard[0].max() / 255
+    loudest = torch.stack([said[:, whisper.speakers].amax((0, 2, 3)) for said in heard]).amax(0)
+    assert bool((loudest <= 0.25 * step * (1 + 1e-5)).all())
+    assert bool((loudest > 0).all())
+
+
+def test_activations_are_rounded_on_eight_bits_over_their_ranges() -> None:
+    net = nn.Sequential(nn.Identity(), nn.ReLU())
+    x = torch.tensor([[-3.0, -0.4, 0.004, 0.013, 0.999, 7.0]])
+    with on_grids(net, {"0": (-0.5, 2.05), "1": (0.0, 2.55)}):
+        rounded = net(x)
+    assert torch.allclose(rounded, torch.tensor([[0.0, 0.0, 0.0, 0.01, 1.0, 2.05]]), atol=1e-6)
+
+
+def test_a_step_attack_needs_a_residual_block_with_channels_to_spare() -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(2704, 10))
+    with pytest.raises(UsageError, match="residual blocks"):
+        Whisper(plain, 1)
+    with pytest.raises(UsageError, match="--channels: the last block has 16"):
+        Whisper(small_model(), 16)
 
 
 def decoys_beside(trigger: str) -> Decoys:
