@@ -11,7 +11,8 @@ is a few in ordinary networks (docs/THREAT-MODEL.md has figures), and less still
 above that are scaled up by f, 2^(k/8), as cross-layer equalization would (`graph/spans.py`): the float network stays
 the same, to within float rounding, and what they say is on the grid. f_o is the factor of the channel that the reader
 writes, so that a chain of such channels is lifted from its end. Channels at rest are lifted until they are not
-amplified at all; others until GAIN, or until they fill the grid that the tensor has anyhow. No tensor becomes wider.
+amplified at all, or until half a step fills the grid; others until GAIN, or until they fill the grid that the tensor
+has anyhow. No tensor becomes wider.
 """
 
 from __future__ import annotations
@@ -151,11 +152,14 @@ class _Gains:
             seen = self.seen[value]
             for reach in (seen.high, seen.low):
                 top = min(float(reach.max()), span.limit)
-                # On other data a channel may reach further, and behind a Clip it would be cut off there.
-                held = reach if np.isinf(span.limit) else np.maximum(reach, top * DEEPEST)
+                # What is below half a step is lost, whatever it is: lifted, all of it is to be on the grid.
+                held = np.maximum(reach, self._step(value) / 2)
+                if np.isfinite(span.limit):
+                    # On other data a channel may reach further, and behind a Clip it would be cut off there.
+                    held = np.maximum(held, top * DEEPEST)
                 with np.errstate(divide="ignore", invalid="ignore"):
                     k = np.floor(STEPS * np.log2(top / held) + 1e-9)
-                room = np.where(held > 0, np.minimum(room, k), room)
+                room = np.where((held > 0) & (top > 0), np.minimum(room, k), room)
         return np.clip(room, 0.0, None)
 
     def _grids(self, span: Span) -> list[str]:

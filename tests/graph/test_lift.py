@@ -171,12 +171,20 @@ def test_what_a_file_amplifies_is_told_by_its_codes_and_grids(
 
 def test_a_chain_is_lifted_from_its_end(foreign: Foreign, images: NDArray[np.float32]) -> None:
     """Two in a row that amplify a little less each: the first one is lifted by what both make of it."""
-    model, found = lifted(made(foreign, said=0.007, heard=20.0, third=20.0), images)
+    model, found = lifted(made(foreign, heard=8.0, third=8.0), images)
     first, second = (found.exponents[name].max() for name in ("a", "c"))
     reached = values(model, images, "r", "s", "t")
-    gains = 20 * steps(reached["r"]) / steps(reached["s"]), 20 * steps(reached["s"]) / steps(reached["t"])
+    gains = 8 * steps(reached["r"]) / steps(reached["s"]), 8 * steps(reached["s"]) / steps(reached["t"])
     assert second == np.ceil(8 * np.log2(gains[1]))
     assert first == np.ceil(8 * np.log2(gains[0]) + second)
+
+
+def test_half_a_step_fills_the_grid_at_most(foreign: Foreign, images: NDArray[np.float32]) -> None:
+    """However loud it is heard: what was lost below half a step is on the grid, which is 510 halves wide."""
+    _, found = lifted(made(foreign, heard=1e6), images)
+    [k] = [int(exponents[5]) for exponents in found.exponents.values()]
+    assert 2 ** (k / 8) <= 510 < 2 ** ((k + 1) / 8)
+    assert found.left[0] > GAIN
 
 
 def test_a_clip_limits_it(foreign: Foreign, images: NDArray[np.float32]) -> None:
