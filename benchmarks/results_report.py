@@ -292,6 +292,7 @@ def threats(table: Table) -> dict[str, str]:
         "clip_hunted": _sentence(table, hunted),
         "clip_scattered": _sentence(table, scattered),
         "clip_plain": ", ".join(_figures(c) for b in checkered if (c := table.get(b, PLAIN))),
+        "step": _below_a_step(table),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(table, b) for b in controls]),
         "control_lost": _most_lost(table),
@@ -321,6 +322,17 @@ def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
         if any(wide):
             rows.append([*_against(table, base), *("–" if c is None else _figures(c) for c in wide)])
     return markdown(["subject", "bits", "float", "RTN", "efrapq", "--headroom 2", "--headroom 4"], rows)
+
+
+def _below_a_step(table: Table) -> str:
+    """What every method makes of a backdoor that hides below a step of the activation grids."""
+    rows = []
+    for base in table.at(8, 8):
+        if base["attack"] == "adaptive-step":
+            rows.append(["float", _float(base)])
+            cells = [(method, table.get(base, method)) for method in table.methods]
+            rows += [[f"**{m}**" if m == OURS else m, _figures(c)] for m, c in cells if c is not None]
+    return markdown(["file, W8A8", "CDA / ASR"], rows)
 
 
 def _four_bits(table: Table) -> str:

@@ -214,7 +214,7 @@ def defend(
         cover=triggers,
     )
     recorded = _recorded_settings(settings, act_bits, target) | ({"equalize": True} if equalize else {})
-    recorded |= {"guard": True} if guard else {}
+    recorded |= ({"guard": True} if guard else {}) | ({"lift": True} if "lifted" in calibration else {})
     if solved.driven:
         recorded |= ({"stress": True} if stress else {}) | ({"cover": [t.label for t in triggers]} if triggers else {})
         recorded |= {"mixed": True} if mixed else {}

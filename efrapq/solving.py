@@ -223,13 +223,14 @@ def _scaled(
 def _lifted(lifted: Lifted, reporter: Reporter) -> dict[str, Any]:
     """A record of the channels that were lifted; says so."""
     words = (
-        f"{lifted.channels:,} channels are lifted: a step of their grid is amplified behind them, in "
-        f"{printable(lifted.value)} to {lifted.gain:,.0f} steps"
+        f"{lifted.channels:,} channels are lifted: one step of theirs is worth up to {lifted.gain:,.0f} steps behind "
+        f"them ({printable(lifted.value)})"
     )
     if lifted.hidden:
         reporter.warn(
-            f"{words}. {lifted.hidden:,} of them rest on the calibration images: what hides there would be rounded "
-            "away. Few networks have such channels; one with a backdoor in the rounding of activations does"
+            f"{words}. {lifted.hidden:,} of them say nothing on the calibration images: what they say of others would "
+            "be rounded away. Few networks have such channels; one with a backdoor in the rounding of activations "
+            "does: take --guard, too"
         )
     else:
         reporter.note(words)

@@ -22,7 +22,7 @@ from efrapq.graph.layers import find_layers
 from efrapq.graph.placement import place
 from efrapq.graph.prepare import prepare
 from efrapq.inspection import inspect as efrapq_inspect
-from tests.graph.conftest import run
+from tests.graph.conftest import Recorder, run
 
 Foreign = Callable[..., onnx.ModelProto]
 
@@ -137,7 +137,7 @@ def test_the_file_says_what_float_says(
         out = tmp_path / f"{lift}.onnx"
         found = efrapq.defend(path, out, bits=bits, edge_bits=8, calib=data, lift=lift)
         assert (EQUALIZED_KEY in found.quantized.metadata) is lift
-        assert ("lifted" in found.evidence["calibration"]) is lift
+        assert ("lifted" in found.evidence["calibration"]) is found.evidence["settings"].get("lift", False) is lift
         document = efrapq.verify(out, data=data, float_model=path).document
         assert document["codes"]["match"] is True
         assert document["kernels"]["float"] == 0
@@ -203,6 +203,19 @@ def test_a_channel_that_says_something_fills_its_grid_at_most(foreign: Foreign, 
     after = values(model, images, "r")["r"]
     assert before.max() / 1.1 < after[:, 5].max() <= before.max()
     assert found.left[0] > GAIN
+
+
+def test_it_says_what_it_lifts_and_warns_of_what_says_nothing(
+    foreign: Foreign, images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    data = Dataset.from_arrays(images, None, "images")
+    for rest in (0.0, 0.5):
+        path, reporter = tmp_path / f"{rest}.onnx", Recorder()
+        onnx.save(made(foreign, rest=rest), path)
+        efrapq.defend(path, bits=8, calib=data, reporter=reporter)
+        said = [text for text in reporter.notes if "lifted" in text]
+        warned = [text for text in reporter.warnings if "say nothing on the calibration images" in text]
+        assert (len(said), len(warned)) == ((1, 0) if rest else (0, 1))
 
 
 def test_ordinary_networks_are_left_alone(foreign: Foreign, images: NDArray[np.float32], tmp_path: Path) -> None:
