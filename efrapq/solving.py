@@ -234,7 +234,7 @@ def _lifted(lifted: Lifted, reporter: Reporter) -> dict[str, Any]:
         )
     else:
         reporter.note(words)
-    record: dict[str, Any] = {"channels": lifted.channels, "rest": lifted.hidden}
+    record: dict[str, Any] = {"channels": lifted.channels, "hidden": lifted.hidden}
     return record | {"gain": round(lifted.gain, 3), "widest": lifted.value, "left": round(lifted.left[0], 3)}
 
 

@@ -38,6 +38,9 @@ __all__ = ["GAIN", "Lifted", "choose_lift"]
 GAIN = 8.0
 # A channel whose largest value is below so many steps is at rest.
 AT_REST = 1.0
+# A channel at rest that is amplified so many times hides something, as far as anybody can tell: dead channels of
+# ordinary networks come to three.
+HIDING = 32.0
 # Samples for a first look: most networks have nothing to lift, and are not run over all of their calibration for it.
 FIRST = 64
 # Spans are gone through from the last to the first; residual streams are read by what writes them, so more than once.
@@ -50,8 +53,8 @@ MOST_RATIO = 1e20
 @dataclass(frozen=True)
 class Lifted:
     """exponents: k of each channel, for factors 2^(k/8), of every span with anything to lift. channels: how many are
-    lifted; hidden: how many of them are at rest. gain: the largest that any of them had; value: the activation that it
-    is in. left: the largest gain that is left, with its activation.
+    lifted; hidden: how many of them are at rest, and amplified as no dead channel is. gain: the largest that any of
+    them had; value: the activation that it is in. left: the largest gain that is left, with its activation.
     """
 
     exponents: Exponents
@@ -123,7 +126,7 @@ class _Gains:
             lifted = exponents[span.name] > 0
             gain = self._gain(span, {})
             channels += int(lifted.sum())
-            hidden += int((lifted & self._at_rest(span)).sum())
+            hidden += int((lifted & self._at_rest(span) & (gain >= HIDING)).sum())
             worst = max(worst, (float(gain[lifted].max(initial=0)), span.name))
             after = self._gain(span, exponents) / 2.0 ** (exponents[span.name] / STEPS)
             left = max(left, (float(after.max(initial=0)), span.name))
