@@ -411,6 +411,7 @@ def _sentence(table: Table, bases: Sequence[Cell]) -> str:
 def write_report(cells: Sequence[Cell]) -> None:
     """docs/RESULTS.md and its plot."""
     from benchmarks.guard import headroom_table
+    from benchmarks.lift import tables as gains
     from benchmarks.mobilenet import patched_agreement
     from benchmarks.unknown_trigger import tables as unknown_trigger  # which has its titles from here
 
@@ -431,5 +432,8 @@ def write_report(cells: Sequence[Cell]) -> None:
     )
     write_page(
         "THREAT-MODEL",
-        threats(table) | unknown_trigger() | {"mobilenet": patched_agreement(), "guard_headroom": headroom_table()},
+        threats(table)
+        | unknown_trigger()
+        | gains()
+        | {"mobilenet": patched_agreement(), "guard_headroom": headroom_table()},
     )

@@ -44,6 +44,7 @@ from efrapq.data import Dataset, load_dataset
 
 PUBLISHED = "published"
 AWARE, HUNTED, SCATTERED = (f"cifar10-resnet20-adaptive-clip-{kind}-w8-s0" for kind in ("aware", "hunted", "scattered"))
+STEP = "cifar10-resnet20-adaptive-step-w8-s0"
 IMAGES = 2000
 # With the options of each.
 FILES: dict[str, dict[str, Any]] = {
@@ -219,12 +220,35 @@ def tables() -> dict[str, str]:
         "hunted_search": _best(document[HUNTED]["files"]["efrapq"]["search"]),
         "scattered_search": _scattered(document[SCATTERED]["files"]),
         "published_widest": f"{widest:.1f}",
+        "step_guard": _guarded(document[STEP]["files"][next(iter(NOT_LIFTED_GUARDED))]),
+        "step_lift": _lifted(document[STEP]["files"]),
     }
 
 
 def _best(found: dict[str, Any]) -> str:
     turned = found["turned"]
     return f"the best patch turns {turned['file']:.1f} % of the answers, {turned['float']:.1f} % of the float model's."
+
+
+def _guarded(found: dict[str, Any]) -> str:
+    """What a guard says of a file, and what it leaves."""
+    clipped = found["clipped"]
+    return (
+        f"ASR {found['asr']['defended']:.2f}, something clipped on {clipped['triggered']:.1f} % of the triggered "
+        f"images, and where nothing is, ASR {clipped['asr']:.2f}."
+    )
+
+
+def _lifted(files: dict[str, Any]) -> str:
+    """What is left where channels are lifted, by itself and with what else there is."""
+    plain, guarded, covered = (files[name] for name in ("efrapq", "--guard --headroom 1.1", COVERED))
+    rates = [f"{row['cda']['defended']:.2f} / {row['asr']['defended']:.2f}" for row in (plain, guarded, covered)]
+    floating = f"{plain['cda']['float']:.2f} / {plain['asr']['float']:.2f}"
+    return (
+        f"On 2,000 other images: float {floating}, efrapq {rates[0]}; with `--guard --headroom 1.1` {rates[1]}, and "
+        f"{guarded['clipped']['asr']:.2f} where nothing is clipped ({guarded['clipped']['clean']:.2f} % of ordinary "
+        f"images are said to be); with `--cover TRIGGER` {rates[2]}."
+    )
 
 
 def _scattered(files: dict[str, Any]) -> str:
