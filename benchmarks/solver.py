@@ -52,6 +52,8 @@ from efrapq.rounding.gram import gram_, gram_codes_
 
 PAPER_STEPS = 10_000
 STEPS, QUICK_STEPS = 500, 100
+# What defend counts of a layer's rows, for each of its inputs.
+ROWS = 32
 NETWORKS = ("resnet20", "resnet18-cifar", "vgg16-bn-cifar", "mobilenetv2-cifar", "imagenet-mobilenetv2")
 AGAINST = ("images", "rows", "depth", "width")
 # glibc gives blocks past 32 MiB back to the system at every free and takes them again, page by page: four fifths of a
@@ -274,7 +276,7 @@ def limit(document: dict[str, Any], sizes: tuple[int, ...], device: str) -> None
     """Achieved GFLOP/s of the accumulation of H and of a sweep, counted as the plain products they replace."""
     rows = []
     for size in sizes:
-        outputs, count = size // 9, min(4 * size, 8192)
+        outputs, count = size // 9, min(ROWS * size, 8192)
         generator = torch.Generator().manual_seed(0)
         codes = torch.randint(0, 256, (count, size), generator=generator, dtype=torch.uint8).to(device)
         x = codes.float()[None] / 255

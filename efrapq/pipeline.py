@@ -125,6 +125,7 @@ def defend(
     from efrapq.device import resolve_device
     from efrapq.exporters import PROFILES, native_target, profile
     from efrapq.exporters.guard import GUARD_KEY, plan_guard
+    from efrapq.graph.amplified import amplified_words, amplifying_layers
     from efrapq.stream import PassSettings
 
     started = time.perf_counter()
@@ -239,6 +240,9 @@ def defend(
     shape = () if isinstance(data, Arrays) else (source.input_shape[0] or 1, *calibration["input"])
     written = write_checked(quantized, target, data.sample() if isinstance(data, Arrays) else shape, output)
     evidence = _evidence(source, quantized, solved.reports, recorded, calibration, written, output)
+    if amplifying := amplifying_layers(quantized):
+        reporter.warn(amplified_words(amplifying))
+        evidence["amplified"] = [asdict(layer) for layer in amplifying]
     if watching is not None:
         evidence["guard"] = {"output": watching.output, "watched": len(watching.watched)}
     evidence["machine"] = machine(device)

@@ -34,8 +34,8 @@ __all__ = ["DEEPEST", "Floats", "Seen", "choose_exponents", "inputs_of", "watch"
 
 Floats = NDArray[np.float64]
 
-# Samples at a time: what is asked for of all layers is held at once.
-PIECE = 8
+# What is asked for of all layers is held at once: at most so many samples, and so many numbers of the input.
+PIECE, NUMBERS = 64, 8 * 3 * 224 * 224
 # No channel is raised to more than its span's widest by this: it may reach further on other data.
 DEEPEST = 2.0**-5
 # Widths of the search for the D, in octaves.
@@ -169,7 +169,7 @@ def watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device: 
     sums: dict[str, Tensor] = {}
     with torch.no_grad():
         for chunk in chunks:
-            for piece in torch.split(chunk, PIECE):
+            for piece in torch.split(chunk, max(1, min(PIECE, NUMBERS // max(chunk[0].numel(), 1)))):
                 for value, x in executor.run({name: piece.to(device)}, values).items():
                     # One image's channel is one run of memory: reduced there first, and exactly from there on.
                     rows = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)

@@ -71,7 +71,9 @@ def choose_lift(
     """What to lift in a prepared float model. chunks: the model's one input, (n, …) float32, which it is run over if
     the first of them show anything to lift.
     """
-    first = [chunk[:FIRST] for chunk in chunks[:1]]
+    first: list[Tensor] = []
+    while (missing := FIRST - sum(map(len, first))) > 0 and len(first) < len(chunks):
+        first.append(chunks[len(first)][:missing])
     found = _Gains(model, layers, placement, first, device).lift()
     return _Gains(model, layers, placement, chunks, device).lift() if found.channels else found
 

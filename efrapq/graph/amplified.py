@@ -70,5 +70,5 @@ def amplified_words(found: Sequence[Amplified]) -> str:
     return (
         f"{count} channels are amplified: {printable(worst.layer)} answers one step of channel {worst.channel} with "
         f"{worst.steps:,.0f} steps. What such a channel says below half a step is lost in this file, and a backdoor "
-        "can hide there; `defend` lifts such channels where it can"
+        "can hide there. `defend` lifts such channels where they have room; with --act-bits 32 nothing is lost"
     )

@@ -210,14 +210,20 @@ def test_it_says_what_it_lifts_and_warns_of_what_hides(
 ) -> None:
     """Channels that say something, and dead ones that nobody would hear much of, are no reason for a warning."""
     data = Dataset.from_arrays(images, None, "images")
-    cases: list[dict[str, float]] = [{}, {"rest": 0.5}, {"heard": 2.0}]
-    for changed in cases:
+    cases: list[tuple[dict[str, float], bool]] = [
+        ({}, False),
+        ({"rest": 0.5, "heard": 2000.0}, True),
+        ({"heard": 2.0}, False),
+    ]
+    for changed, left in cases:
         path, reporter = tmp_path / "m.onnx", Recorder()
         onnx.save(made(foreign, **changed), path)
         efrapq.defend(path, bits=8, calib=data, reporter=reporter)
         said = [text for text in reporter.notes if "lifted" in text]
         warned = [text for text in reporter.warnings if "say nothing on the calibration images" in text]
         assert (len(said), len(warned)) == ((1, 0) if changed else (0, 1))
+        # What fills its grid and is amplified as before cannot be helped.
+        assert any("channels are amplified" in text for text in reporter.warnings) is left
 
 
 def test_ordinary_networks_are_left_alone(foreign: Foreign, images: NDArray[np.float32], tmp_path: Path) -> None:
