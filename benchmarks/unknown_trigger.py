@@ -222,12 +222,18 @@ def tables() -> dict[str, str]:
         "published_widest": f"{widest:.1f}",
         "step_guard": _guarded(document[STEP]["files"][next(iter(NOT_LIFTED_GUARDED))]),
         "step_lift": _lifted(document[STEP]["files"]),
+        "step_search": _turned(document[STEP]["files"][next(iter(NOT_LIFTED))]["search"]),
+        "step_search_lifted": _turned(document[STEP]["files"]["efrapq"]["search"]),
     }
 
 
 def _best(found: dict[str, Any]) -> str:
     turned = found["turned"]
     return f"the best patch turns {turned['file']:.1f} % of the answers, {turned['float']:.1f} % of the float model's."
+
+
+def _turned(found: dict[str, Any]) -> str:
+    return f"{found['turned']['file']:.1f} % in the file and {found['turned']['float']:.1f} % in float"
 
 
 def _guarded(found: dict[str, Any]) -> str:
