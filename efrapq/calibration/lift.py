@@ -3,21 +3,21 @@
 What is below half a step of an activation grid is zero in the file. A step is set by the widest channel of a tensor,
 so a channel can stay below it on purpose, and a layer behind can have weights large enough to hear it in float: what it
 says there is missing in the file, and no weight need be rounded for that. How many steps of its output's grid a reader
-r answers to one step of channel c,
+r answers to one step of channel c, with as many bits on both sides,
 
-    gain_c = max_{r,o} ‖W_r[o, c]‖₁ Δ_v f_o / (Δ_y f_c),
+    gain_c = max_{r,o} ‖W_r[o, c]‖₁ range_v f_o / (range_y f_c),
 
-is a few in ordinary networks (docs/THREAT-MODEL.md has figures), and less still for channels at rest. Channels
-above that are scaled up by f, 2^(k/8), as cross-layer equalization would (`graph/spans.py`): the float network stays
-the same, to within float rounding, and what they say is on the grid. f_o is the factor of the channel that the reader
-writes, so that a chain of such channels is lifted from its end. Channels at rest are lifted until they are not
-amplified at all, or until half a step fills the grid; others until GAIN, or until they fill the grid that the tensor
-has anyhow. No tensor becomes wider.
+is a few in ordinary networks (docs/THREAT-MODEL.md has figures), and less still for channels at rest. Channels above
+that are scaled up by f, 2^(k/8), as cross-layer equalization would (`graph/spans.py`): the float network stays the
+same, to within float rounding, and what they say is on the grid. f_o is the factor of the channel that the reader
+writes. Where all channels of a chain are at rest, their gains count together; they are lifted until they are not
+amplified at all, or until half a step fills the grid. Others are lifted until GAIN, or until they fill the grid that
+the tensor has anyhow. No tensor becomes wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,20 +34,20 @@ from efrapq.graph.spans import Span, find_spans
 
 __all__ = ["GAIN", "Lifted", "choose_lift"]
 
-# The largest gain that channels which say anything are left with. CIFAR networks stay below.
-GAIN = 8.0
+# The largest gain that channels which say anything are left with, and up to which those at rest are left alone. CIFAR
+# networks stay below, and dead channels of other people's come to three.
+GAIN, SILENT_GAIN = 8.0, 4.0
 # A channel whose largest value is below so many steps is at rest.
 AT_REST = 1.0
-# A channel at rest that is amplified so many times hides something, as far as anybody can tell: dead channels of
-# ordinary networks come to three.
+# A channel at rest that is amplified so many times hides something, as far as anybody can tell.
 HIDING = 32.0
 # Samples for a first look: most networks have nothing to lift, and are not run over all of their calibration for it.
 FIRST = 64
 # Spans are gone through from the last to the first; residual streams are read by what writes them, so more than once.
 ROUNDS = 4
 MOST = 127
-# Of two steps: a float32 holds its products with weights.
-MOST_RATIO = 1e20
+# Of two ranges, and of gains together: a float32 holds their products with weights.
+MOST_RATIO = 1e15
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def choose_lift(
 
 @dataclass(frozen=True)
 class _Ear:
-    """How one reader hears a span. heard: (O, C) steps of its output's grid for one step of each channel's. span: the
-    span that it writes, with its channels as it counts them; None where those cannot be scaled.
+    """How one reader hears a span. heard: (O, C) gains. span: the span that it writes, with its channels as it counts
+    them; None where those cannot be scaled.
     """
 
     heard: NDArray[np.float32]
@@ -114,33 +114,39 @@ class _Gains:
     def lift(self) -> Lifted:
         """Factors for all spans, the last first."""
         exponents = {span.name: np.zeros(span.channels, np.int8) for span in self.spans}
+        rest = {span.name: self._at_rest(span) for span in self.spans}
+        chained = {span.name: np.ones(span.channels) for span in self.spans}
         for _ in range(ROUNDS):
             before = {name: k.copy() for name, k in exponents.items()}
             for span in reversed(self.spans):
-                gain = self._gain(span, exponents)
-                allowed = np.where(self._at_rest(span), 1.0, GAIN)
-                needed = np.where(gain > allowed, np.ceil(STEPS * np.log2(np.maximum(gain / allowed, 1.0))), 0)
-                exponents[span.name] = np.clip(np.minimum(needed, self.room[span.name]), 0, MOST).astype(np.int8)
+                lifted = {name: 2.0 ** (k / STEPS) for name, k in exponents.items()}
+                loud = self._gain(span, lifted) / GAIN
+                total = np.minimum(self._gain(span, chained), MOST_RATIO)
+                chained[span.name] = np.where(rest[span.name], total, 1.0)
+                needed = np.where(rest[span.name], np.where(total > SILENT_GAIN, total, 1.0), loud)
+                k = np.ceil(STEPS * np.log2(np.maximum(needed, 1.0)))
+                exponents[span.name] = np.clip(np.minimum(k, self.room[span.name]), 0, MOST).astype(np.int8)
             if all((before[name] == k).all() for name, k in exponents.items()):
                 break
         channels, hidden, worst, left = 0, 0, (0.0, ""), (0.0, "")
+        factors = {name: 2.0 ** (k / STEPS) for name, k in exponents.items()}
         for span in self.spans:
-            lifted = exponents[span.name] > 0
+            above = exponents[span.name] > 0
             gain = self._gain(span, {})
-            channels += int(lifted.sum())
-            hidden += int((lifted & self._at_rest(span) & (gain >= HIDING)).sum())
-            worst = max(worst, (float(gain[lifted].max(initial=0)), span.name))
-            after = self._gain(span, exponents) / 2.0 ** (exponents[span.name] / STEPS)
+            channels += int(above.sum())
+            hidden += int((above & rest[span.name] & (gain >= HIDING)).sum())
+            worst = max(worst, (float(gain[above].max(initial=0)), span.name))
+            after = self._gain(span, factors) / factors[span.name]
             left = max(left, (float(after.max(initial=0)), span.name))
         kept = {name: k for name, k in exponents.items() if k.any()}
         return Lifted(kept, channels, hidden, *worst, left)
 
-    def _gain(self, span: Span, exponents: Exponents) -> Floats:
-        """(C,): the largest gain of each channel, were it not lifted, behind what it is lifted to there."""
+    def _gain(self, span: Span, behind: Mapping[str, Floats]) -> Floats:
+        """(C,): the largest gain of each channel, were it not lifted, with these factors of the channels behind it."""
         found = np.zeros(span.channels)
         for ear in self.ears[span.name]:
-            k = exponents.get(ear.span) if ear.span is not None else None
-            raised = ear.heard if k is None else ear.heard * 2.0 ** (k[:, None] / STEPS)
+            factors = behind.get(ear.span) if ear.span is not None else None
+            raised = ear.heard if factors is None else ear.heard * factors[:, None]
             found = np.maximum(found, raised.max(0))
         return found
 
@@ -170,11 +176,13 @@ class _Gains:
     def _grids(self, span: Span) -> list[str]:
         return [value for value in span.values if value in self.placement.grids]
 
-    def _step(self, value: str) -> float:
-        """Of the grid that a value has, or would have with 8 bits."""
+    def _range(self, value: str) -> float:
         seen: Seen = self.seen[value]
-        codes = 2.0 ** self.placement.grids.get(value, 8) - 1
-        return float(seen.high.max() + seen.low.max()) / codes
+        return float(seen.high.max() + seen.low.max())
+
+    def _step(self, value: str) -> float:
+        """Of a value's grid."""
+        return self._range(value) / (2.0 ** self.placement.grids[value] - 1)
 
     def _behind(self, layer: Layer) -> str:
         """The value behind a layer that has a grid, or the layer's output where none has."""
@@ -192,8 +200,8 @@ class _Gains:
         else:
             channels = np.zeros((len(heard), span.channels), np.float32)
             np.add.at(channels, (np.arange(len(heard))[:, None], inputs_of(layer, span.channels)), heard)
-        step = max((self._step(v) for v in self._grids(span) if layer.name in span.after[v]), default=0.0)
-        behind = self._step(output)
+        widest = max((self._range(v) for v in self._grids(span) if layer.name in span.after[v]), default=0.0)
+        behind = self._range(output)
         # What is nothing on all calibration images has no grid to speak of: whatever comes there is clipped.
-        ratio = min(step / behind, MOST_RATIO) if behind > 0 else 0.0
+        ratio = min(widest / behind, MOST_RATIO) if behind > 0 else 0.0
         return _Ear(channels * np.float32(ratio), self.of_value.get(layer.output))
