@@ -1,8 +1,9 @@
 """Channels whose rounding a quantized file amplifies, from its codes and grids alone.
 
-A layer answers one step of its input's channel c with up to Σ |code| s_w s_x / s_y steps of its output. In ordinary
-files that is a few; where it is a hundred, what the channel says below half a step, which is lost, was worth fifty
-steps to the float network. A backdoor can hide in it (`efrapq/calibration/lift.py`).
+A layer answers one step of its input's channel c with up to Σ |code| s_w range_x / range_y steps of its output, were
+both grids of as many bits. In ordinary files that is a few; where it is a hundred, what the channel says below half a
+step, which is lost, was worth fifty steps to the float network. A backdoor can hide in it
+(`efrapq/calibration/lift.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from efrapq.graph.layers import Layer
 from efrapq.graph.placement import activation_after
 from efrapq.graph.quantized import QuantizedModel, QuantizedWeight
+from efrapq.grid import ActivationGrid
 from efrapq.io.text import printable
 
 __all__ = ["NOTABLE", "Amplified", "amplified_words", "amplifying_layers"]
@@ -49,18 +51,21 @@ def amplifying_layers(quantized: QuantizedModel, least: float = NOTABLE) -> list
         matrix = layer.op_type in ("Gemm", "MatMul") and len(weight.shape) == 2
         if grid is None or behind is None or not (matrix or layer.op_type == "Conv"):
             continue
-        steps = _heard(layer, weight) * (float(grid.scale) / float(behind.scale))
+        steps = _heard(layer, weight) * (_range(grid) / _range(behind))
         if (count := int((steps >= least).sum())) > 0:
             found.append(Amplified(layer.name, count, int(steps.argmax()), round(float(steps.max()), 1)))
     return sorted(found, key=lambda layer: (-layer.steps, layer.layer))
 
 
+def _range(grid: ActivationGrid) -> float:
+    return float(grid.scale) * (grid.qmax - grid.qmin)
+
+
 def _heard(layer: Layer, weight: QuantizedWeight) -> NDArray[np.float64]:
     """(C,): the largest sum of magnitudes with which any output channel reads each input channel."""
-    real = np.abs(weight.codes.astype(np.float64) * weight.steps)
-    rows = np.moveaxis(real, layer.channel_axis, 0)
-    sums = rows.reshape(*rows.shape[:2], -1).sum(2)
-    heard: NDArray[np.float64] = sums.reshape(layer.groups, -1, sums.shape[1]).max(1).reshape(-1)
+    rows = np.moveaxis(weight.codes, layer.channel_axis, 0)
+    sums = np.abs(rows.astype(np.int16)).reshape(*rows.shape[:2], -1).sum(2, dtype=np.int64) * weight.scale[:, None]
+    heard: NDArray[np.float64] = sums.reshape(layer.groups, -1, sums.shape[1]).max(1).reshape(-1).astype(np.float64)
     return heard
 
 

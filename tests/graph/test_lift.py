@@ -189,11 +189,16 @@ def test_a_little_is_left_as_it_is_unless_a_chain_makes_it_much(foreign: Foreign
     assert {name: int(k.max()) for name, k in found.exponents.items()} == {"a": np.ceil(8 * np.log2(np.prod(gains)))}
 
 
-def test_bits_are_no_gain(foreign: Foreign, images: NDArray[np.float32]) -> None:
+def test_bits_are_no_gain(foreign: Foreign, images: NDArray[np.float32], tmp_path: Path) -> None:
     """A step of a grid of four bits is worth seventeen of one of eight, and that amplifies nothing."""
     wide, narrow = (lifted(made(foreign, heard=3.0), images, act_bits=bits)[1] for bits in (8, 4))
     assert wide.gain == narrow.gain
     assert wide.left == narrow.left
+    path, data = tmp_path / "m.onnx", Dataset.from_arrays(images, None, "images")
+    onnx.save(made(foreign), path)
+    options: dict[str, Any] = {"calib": data, "lift": False, "stress": False, "act_range": "minmax"}
+    told = [amplifying_layers(efrapq.defend(path, act_bits=bits, **options).quantized) for bits in (8, 4)]
+    assert told[0][0].steps == pytest.approx(told[1][0].steps, rel=0.02)
 
 
 def test_half_a_step_fills_the_grid_at_most(foreign: Foreign, images: NDArray[np.float32]) -> None:
