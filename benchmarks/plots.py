@@ -28,7 +28,7 @@ def main() -> None:
         axis.plot(sizes, [slope * s + intercept for s in sizes], color="0.7", label="straight line")
         axis.plot(sizes, found["seconds"], "o", color="C0", label="measured")
         axis.set_title(f"{found['title']}\nexponent {found['exponent']:.2f}", fontsize=9)
-        axis.set_xlabel(key)
+        axis.set_xlabel("images" if key == "rows" else key)
         axis.set_ylabel("seconds of the pass")
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
