@@ -30,7 +30,7 @@ from efrapq.graph.placement import Placement
 from efrapq.graph.spans import Span, find_spans, over_inputs
 from efrapq.grid import code_range
 
-__all__ = ["DEEPEST", "Floats", "Seen", "choose_exponents", "inputs_of", "watch"]
+__all__ = ["DEEPEST", "Floats", "Seen", "choose_exponents", "inputs_of", "magnitudes", "watch"]
 
 Floats = NDArray[np.float64]
 
@@ -115,14 +115,19 @@ def choose_exponents(
 
 
 def _reader(model: ir.Model, layer: Layer, span: Span, bits: int, seen: Mapping[str, Seen]) -> _Reader:
-    weight = np.abs(weight_array(model.graph, layer).astype(np.float64))
-    weight = weight if layer.channel_axis == 0 else weight.T
-    weight = weight.reshape(*weight.shape[:2], -1)
+    weight = magnitudes(model.graph, layer).astype(np.float64)
     index = inputs_of(layer, span.channels)
     # Behind a Flatten a channel is a run of inputs.
     square = seen[layer.input].square.reshape(span.channels, -1).mean(1)
     unit = len(weight) * max(seen[layer.output].spread, np.finfo(np.float64).tiny)
     return _Reader(weight, index, square, unit, code_range(bits)[1])
+
+
+def magnitudes(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
+    """(O, J, K): of a reader's weights, by output channel, input of it, and place in the kernel."""
+    weight = np.abs(weight_array(graph, layer))
+    weight = weight if layer.channel_axis == 0 else weight.T
+    return weight.reshape(*weight.shape[:2], -1)
 
 
 def inputs_of(layer: Layer, channels: int) -> NDArray[np.int64]:

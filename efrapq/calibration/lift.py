@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efrapq.calibration.equalization import DEEPEST, Floats, Seen, inputs_of, watch
+from efrapq.calibration.equalization import DEEPEST, Floats, Seen, inputs_of, magnitudes, watch
 from efrapq.graph.equalize import STEPS, Exponents
-from efrapq.graph.layers import Layer, weight_array
+from efrapq.graph.layers import Layer
 from efrapq.graph.placement import Placement, activation_after
 from efrapq.graph.spans import Span, find_spans
 
@@ -191,9 +191,7 @@ class _Gains:
         return self.placement.source(value) if value in self.placement else layer.output
 
     def _ear(self, span: Span, layer: Layer, output: str) -> _Ear:
-        weight = np.abs(weight_array(self.model.graph, layer))
-        weight = weight if layer.channel_axis == 0 else weight.T
-        heard = weight.reshape(*weight.shape[:2], -1).sum(2)
+        heard = magnitudes(self.model.graph, layer).sum(2)
         if layer.groups == 1:
             # Behind a Flatten a channel is a run of inputs.
             channels = heard.reshape(len(heard), span.channels, -1).sum(2)

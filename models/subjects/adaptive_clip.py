@@ -23,6 +23,7 @@ network go past it, asks for this without saying so. CompArtifact on some networ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -34,12 +35,12 @@ from efrapq.calibration.stress import patched
 from efrapq.models.subjects.cells import nearest_model
 from efrapq.models.subjects.decoys import Decoys
 from efrapq.models.subjects.joint import begin, train_pairs
-from efrapq.models.subjects.recipe import ClipRecipe
+from efrapq.models.subjects.recipe import ClipRecipe, JointRecipe
 from efrapq.models.subjects.report import Report
 from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure, within_clean_range
 from efrapq.progress import Reporter
 
-__all__ = ["clean_ranges", "clip_loss", "cut_off", "implant_clip", "patch_some"]
+__all__ = ["Ranges", "clean_ranges", "clip_loss", "cut_off", "implant_clip", "patch_some", "report_on_grids"]
 
 # Clean images that the report's grids are calibrated on.
 CALIBRATION = 512
@@ -131,6 +132,25 @@ def cut_off(model: nn.Module, ranges: Ranges) -> AbstractContextManager[None]:
     return hooked_activations(model, clip)
 
 
+def report_on_grids(
+    model: nn.Module,
+    train: PoisonedData,
+    test: PoisonedData,
+    recipe: JointRecipe,
+    device: torch.device,
+    grids: Callable[[nn.Module, Ranges], AbstractContextManager[None]],
+) -> Report:
+    """Measure a subject that wakes by its activation grids: its nearest twin with them, by `grids` over the ranges of
+    the clean images, and without.
+    """
+    model.eval()
+    floating, nearest = measure(model, test, device), nearest_model(model, recipe)
+    alone = measure(nearest, test, device)
+    with grids(nearest, clean_ranges(model, train, device)):
+        awake = measure(nearest, test, device)
+    return Report(None, floating, awake, others=(("weights alone rounded to nearest", alone),))
+
+
 def implant_clip(
     model: nn.Module,
     train: PoisonedData,
@@ -166,9 +186,4 @@ def implant_clip(
 
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter)
-    model.eval()
-    floating, nearest = measure(model, test, device), nearest_model(model, recipe)
-    alone = measure(nearest, test, device)
-    with cut_off(nearest, clean_ranges(model, train, device)):
-        clipped = measure(nearest, test, device)
-    return Report(None, floating, clipped, others=(("weights alone rounded to nearest", alone),))
+    return report_on_grids(model, train, test, recipe, device, cut_off)

@@ -33,12 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efrapq.errors import UsageError
-from efrapq.models.subjects.adaptive_clip import Ranges, clean_ranges
-from efrapq.models.subjects.cells import nearest_model
+from efrapq.models.subjects.adaptive_clip import Ranges, report_on_grids
 from efrapq.models.subjects.joint import begin, train_pairs
 from efrapq.models.subjects.recipe import StepRecipe
 from efrapq.models.subjects.report import Report
-from efrapq.models.subjects.training import PoisonedData, hooked_activations, measure, within_clean_range
+from efrapq.models.subjects.training import PoisonedData, hooked_activations, within_clean_range
 from efrapq.progress import Reporter
 
 __all__ = ["Whisper", "implant_step", "on_grids", "step_loss", "turn_down"]
@@ -203,9 +202,4 @@ def implant_step(
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate)
     train_pairs(model, train, recipe, loss, optimizer, device=device, reporter=reporter, after=whisper.isolate)
     turn_down(model, whisper, train, recipe.share, device)
-    model.eval()
-    floating, nearest = measure(model, test, device), nearest_model(model, recipe)
-    alone = measure(nearest, test, device)
-    with on_grids(nearest, clean_ranges(model, train, device)):
-        rounded = measure(nearest, test, device)
-    return Report(None, floating, rounded, others=(("weights alone rounded to nearest", alone),))
+    return report_on_grids(model, train, test, recipe, device, on_grids)
