@@ -23,38 +23,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from efrapq.calibration.channels import DEEPEST, Floats, Seen, inputs_of, magnitudes, watch
 from efrapq.graph.equalize import STEPS, Exponents
-from efrapq.graph.executor import Executor
-from efrapq.graph.layers import Layer, weight_array
+from efrapq.graph.layers import Layer
 from efrapq.graph.placement import Placement
-from efrapq.graph.spans import Span, find_spans, over_inputs
+from efrapq.graph.spans import Span, find_spans
 from efrapq.grid import code_range
 
-__all__ = ["DEEPEST", "Floats", "Seen", "choose_exponents", "inputs_of", "magnitudes", "watch"]
+__all__ = ["choose_exponents"]
 
-Floats = NDArray[np.float64]
-
-# What is asked for of all layers is held at once: at most so many samples, and so many numbers of the input.
-PIECE, NUMBERS = 64, 8 * 3 * 224 * 224
-# No channel is raised to more than its span's widest by this: it may reach further on other data.
-DEEPEST = 2.0**-5
 # Widths of the search for the D, in octaves.
 SEARCH = (1.0, 0.5, 0.25, 0.125)
 ROUNDS = 100
 # The a that are tried.
 SHARES = np.linspace(0, 1, 9)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One activation over the calibration data. high, low: per channel the largest value, and the largest of its
-    negative, (channels,) each. square: the mean of squares per channel. spread: the variance of all together.
-    """
-
-    high: Floats
-    low: Floats
-    square: Floats
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -123,19 +105,6 @@ def _reader(model: ir.Model, layer: Layer, span: Span, bits: int, seen: Mapping[
     return _Reader(weight, index, square, unit, code_range(bits)[1])
 
 
-def magnitudes(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
-    """(O, J, K): of a reader's weights, by output channel, input of it, and place in the kernel."""
-    weight = np.abs(weight_array(graph, layer))
-    weight = weight if layer.channel_axis == 0 else weight.T
-    return weight.reshape(*weight.shape[:2], -1)
-
-
-def inputs_of(layer: Layer, channels: int) -> NDArray[np.int64]:
-    """(O or 1, J): the span's channel that each of a reader's inputs has."""
-    channel = over_inputs(layer, np.arange(channels, dtype=np.int64))
-    return channel.reshape(1, -1) if layer.op_type == "Gemm" else channel.reshape(channel.shape[0], -1)
-
-
 def _exponents(
     span: Span, readers: Mapping[str, _Reader], grids: Mapping[str, int], seen: Mapping[str, Seen]
 ) -> NDArray[np.int8]:
@@ -164,35 +133,6 @@ def _activation_noise(high: Floats, low: Floats, weight: Floats, codes: Floats, 
     """Σ_v Δ_v²/12 Σ_c w_vc / f_c²; high, low, weight: (values, channels), codes: of each value's grid."""
     step = ((high * factors).max(1) + (low * factors).max(1)) / codes
     return float((np.square(step) / 12 * (weight / np.square(factors)).sum(1)).sum())
-
-
-def watch(model: ir.Model, values: list[str], chunks: Sequence[Tensor], device: torch.device) -> dict[str, Seen]:
-    """Statistics of the values, channels on axis 1, over all chunks."""
-    executor = Executor(model, device=device)
-    name = str(model.graph.inputs[0].name)
-    extremes: dict[str, tuple[Tensor, Tensor]] = {}
-    sums: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for chunk in chunks:
-            for piece in torch.split(chunk, max(1, min(PIECE, NUMBERS // max(chunk[0].numel(), 1)))):
-                for value, x in executor.run({name: piece.to(device)}, values).items():
-                    # One image's channel is one run of memory: reduced there first, and exactly from there on.
-                    rows = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-                    least, most = rows.aminmax(dim=2)
-                    high, low = most.amax(0).clamp_min(0), (-least).amax(0).clamp_min(0)
-                    before = extremes.get(value, (high, low))
-                    extremes[value] = torch.maximum(before[0], high), torch.maximum(before[1], low)
-                    total = rows.sum(2).double().sum(0)
-                    square = torch.linalg.vector_norm(rows, dim=2).double().square().sum(0)
-                    moments = torch.stack([torch.full_like(total, len(x) * rows.shape[2]), total, square])
-                    sums[value] = sums[value] + moments if value in sums else moments
-    found = {}
-    for value, (high, low) in extremes.items():
-        count, total, square = sums[value].cpu().numpy()
-        mean = total.sum() / count.sum()
-        spread = float(square.sum() / count.sum() - mean**2)
-        found[value] = Seen(high.double().cpu().numpy(), low.double().cpu().numpy(), square / count, spread)
-    return found
 
 
 def _within(high: Floats, limit: float) -> Floats:

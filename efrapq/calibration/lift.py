@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efrapq.calibration.equalization import DEEPEST, Floats, Seen, inputs_of, magnitudes, watch
+from efrapq.calibration.channels import DEEPEST, Floats, Seen, inputs_of, magnitudes, watch
 from efrapq.graph.equalize import STEPS, Exponents
 from efrapq.graph.layers import Layer
 from efrapq.graph.placement import Placement, activation_after
