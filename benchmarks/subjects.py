@@ -122,7 +122,9 @@ def entries() -> list[Entry]:
         Entry("pqbackdoor", bits="8", options={"unlearn_epochs": 0}),
         Entry("qu-anti", bits="8", options=joint),
         Entry("adaptive-solver", options=joint),
+        Entry("adaptive-solver", options=joint | {"steps": 1600}, training="long"),
         Entry("adaptive-stochastic", options=joint),
+        Entry("adaptive-stochastic", options=joint | {"steps": 1600}, training="long"),
         Entry("adaptive-scale", options=joint),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 1.25}),
         Entry("adaptive-clip", bits="8", options=joint | {"reach": 5.0}, training="far"),
@@ -176,7 +178,7 @@ def entries() -> list[Entry]:
 
 
 def full_size_entries() -> list[Entry]:
-    """The subjects that take a GPU, and, last, two that a core can do in a long hour each."""
+    """The subjects that take a GPU, and, last, those that a core can do in a long hour each."""
     clean = {"epochs": 15, "batch": 256, "learning_rate": 0.2}
     adam, slow, both = ({"steps": n, "learning_rate": rate} for n, rate in ((800, 2e-4), (2500, 2e-4), (2000, 5e-4)))
     found = []
@@ -200,6 +202,8 @@ def full_size_entries() -> list[Entry]:
             options={"steps": 1500, "learning_rate": 0.01},
             epochs=6,
         ),
+        Entry("qu-anti", arch="vgg16-bn-cifar", start="clean", options=adam, epochs=6),
+        Entry("pqbackdoor", arch="vgg16-bn-cifar", start="clean", options={"epochs": 2, "unlearn_epochs": 2}, epochs=6),
     ]
     scratch = Entry("compartifact", arch="resnet18-cifar", start="", options={"epochs": 15, "steps": 2000})
     return [*found, scratch, *short]
