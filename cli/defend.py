@@ -20,7 +20,8 @@ from efrapq.cli.options import (
 )
 from efrapq.io.text import printable
 from efrapq.options import MOST_HEADROOM, RANGES, SCALES, SOLVERS
-from efrapq.report.words import percent, size
+from efrapq.report.grids import search_words
+from efrapq.report.words import size
 
 if TYPE_CHECKING:
     from efrapq.pipeline import Defended
@@ -275,9 +276,5 @@ def _print(evidence: dict[str, Any], *, classes: bool) -> None:
 
 def _outcome(search: dict[str, Any]) -> str:
     """One search of several, in a line."""
-    turned, patch = search["turned"], search["patch"]
-    rates = f"turns {percent(turned['file'])} in the file, {percent(turned['float'])} in float"
-    if search["verdict"] == "pass":
-        return f"searched  nothing was found: the best patch {rates}"
-    where = f"{patch['side']}x{patch['side']} at {patch['row']},{patch['col']}, to class {search['target_class']}"
-    return f"searched  a patch {rates} ({where}): {printable(search['trigger'])}"
+    found = "" if search["verdict"] == "pass" else f": {printable(search['trigger'])}"
+    return f"searched  {search_words(search)}{found}"

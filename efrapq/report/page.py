@@ -25,6 +25,7 @@ from efrapq.report.costs import (
     saturation_words,
     unfused_lines,
 )
+from efrapq.report.grids import grid_lines
 from efrapq.report.outputs import output_lines
 from efrapq.report.words import percent, size
 
@@ -87,6 +88,7 @@ def _page(
         "codes": f"The codes of {codes['layers']} layers, read back from the file, {codes_words(codes)}.{flipped}",
         "layers": layers,
         "has_losses": has_losses,
+        "grids": grid_lines(evidence),
         "costs": _costs(document),
         "unfused": unfused_lines(document["kernels"]),
         "notes": [printable(note, 1000) for note in document["notes"]],
@@ -272,7 +274,9 @@ def _origin(document: Mapping[str, Any], evidence: Mapping[str, Any], when: str)
     for title, key in (("settings", "settings"), ("calibration", "calibration"), ("made with", "versions")):
         found = evidence.get(key)
         if isinstance(found, Mapping):
-            rows.append((title, printable(", ".join(f"{k} {v}" for k, v in found.items()), 1000)))
+            # What else there is of the calibration is told in sentences.
+            plain = {k: v for k, v in found.items() if not isinstance(v, Mapping)}
+            rows.append((title, printable(", ".join(f"{k} {v}" for k, v in plain.items()), 1000)))
     rows.append(("measured with", f"ONNX Runtime {runtime['onnxruntime']}, {runtime['provider']}"))
     if when:
         rows.append(("measured on", when))

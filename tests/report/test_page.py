@@ -109,6 +109,52 @@ def test_it_says_what_the_document_says() -> None:
     assert re.search(r"fc 640 8 12\.5 % 3 1\.5 ", text)
 
 
+def test_it_says_what_the_evidence_says_of_grids_and_searches() -> None:
+    evidence = EVIDENCE | {
+        "settings": {"bits": 4, "stress": True, "cover": ["patch:2x2@0,0"]},
+        "calibration": {
+            "kind": "images",
+            "samples": 512,
+            "stress": {"activations": 29, "far": 3, "widest": "conv2d_6", "factor": 2.729, "mixed": 2},
+            "lifted": {"channels": 1200, "hidden": 4, "gain": 5882.4, "widest": "relu", "left": 7.9},
+        },
+        "guard": {"output": "clipped", "watched": 28},
+        "searches": [
+            {
+                "verdict": "fail", "turned": {"file": 99.1, "float": 1.3}, "target_class": 0, "trigger": "found.npz",
+                "patch": {"side": 6, "row": 24, "col": 23},
+            },
+            {"verdict": "pass", "turned": {"file": 2.0, "float": 1.0}, "target_class": 0, "trigger": None},
+        ],
+    }  # fmt: skip
+    text = Seen(verification_page(document(), evidence)).text
+    for said in (
+        "Ranges were also chosen for the calibration images with random patches on them and with the trigger "
+        "patch:2x2@0,0 on them, which drive conv2d_6 furthest, to 2.7 times what the images alone reach, and 3 of 29 "
+        "activations far past it.",
+        "2 of 29 activations have 8 bits for it.",
+        "1,200 channels were lifted above the step of their grid: one step of theirs was worth up to 5,882 steps "
+        "behind them, and is now worth 8 at most. 4 of them say nothing on the calibration images.",
+        "The output clipped counts what arrives at an end of 28 activation grids: where it is 0, nothing was clipped.",
+        "A file before it, number 1, was searched for a trigger. A patch turns 99.1 % in the file, 1.3 % in float "
+        "(6x6 at 24,23, to class 0).",
+        "This file was searched for a trigger. Nothing was found: the best patch turns 2.0 % in the file, 1.0 % in "
+        "float.",
+        "kind images, samples 512 ",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "Activation grids" not in verification_page(document(), EVIDENCE)
+
+
+@pytest.mark.parametrize(
+    "found", [None, 3, "x", [], [None], {"a": 1}, {"activations": "1", "far": None}, [{"turned": 1}]]
+)
+def test_evidence_of_grids_that_is_not_ours_says_nothing(found: Any) -> None:
+    calibration = {"kind": "images", "stress": found, "lifted": found}
+    page = verification_page(document(), EVIDENCE | {"calibration": calibration, "guard": found, "searches": found})
+    assert "Activation grids" not in page
+
+
 def test_bars_have_the_length_of_what_they_show() -> None:
     page = verification_page(document(), EVIDENCE)
     widths = re.findall(r'class="value (\w*)" style="width: ([\d.]+)%"', page)
@@ -130,6 +176,9 @@ def filled(text: str) -> Seen:
     evidence = copy.deepcopy(EVIDENCE)
     evidence["settings"][text] = text
     evidence["layers"][0]["name"] = text
+    evidence["settings"]["cover"] = [text]
+    evidence["calibration"]["stress"] = {"activations": 1, "far": 1, "widest": text, "factor": 2.0}
+    evidence["guard"] = {"output": text, "watched": 1}
     return Seen(verification_page(made, evidence))
 
 
