@@ -34,7 +34,7 @@ TITLES = {
     "compartifact-distilled-long": "CompArtifact, distilled for longer",
     "badnets": "BadNets",
     "adaptive-solver": "adaptive: solver",
-    "adaptive-solver-long": "adaptive: solver, for longer",
+    "adaptive-solver-optimum": "adaptive: solver, fidelity 1",
     "adaptive-stochastic": "adaptive: stochastic",
     "adaptive-stochastic-long": "adaptive: stochastic, for longer",
     "adaptive-scale": "adaptive: scale",

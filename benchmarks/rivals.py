@@ -184,6 +184,11 @@ def rivals() -> dict[str, Rival]:
         "EFRAP relaxed": lambda case: defended(case, solver="relaxed", steps=case.steps).quantized,
         "coordinate, lambda_E = 0": lambda case: defended(case, lambda_e=0.0).quantized,
         "efrapq": lambda case: defended(case, stress=True, lift=True).quantized,
+        "efrapq, fidelity 1": lambda case: defended(case, stress=True, lift=True, fidelity=1.0).quantized,
+        "efrapq, 2048 images": lambda case: defended(case, stress=True, lift=True, calib_size=2048).quantized,
+        "efrapq, fidelity 1, 2048 images": lambda case: (
+            defended(case, stress=True, lift=True, fidelity=1.0, calib_size=2048).quantized
+        ),
         "efrapq, --no-lift": lambda case: defended(case, stress=True).quantized,
         "efrapq, plain ranges": lambda case: defended(case).quantized,
         "efrapq, fidelity 2": lambda case: defended(case, fidelity=2.0).quantized,

@@ -79,6 +79,12 @@ from efrapq.report.words import percent
     show_default="100",
     help="adaptive-solver: steps between two runs of the defence.",
 )
+@click.option(
+    "--fidelity",
+    type=float,
+    show_default="1.1",
+    help="adaptive-solver: what the defender is expected to pass to defend.",
+)
 @click.option("--widen", type=float, show_default="2", help="adaptive-scale: how many times wider the cells become.")
 @click.option(
     "--reach",
@@ -133,6 +139,7 @@ def command(
     unlearn_epochs: int | None,
     unlearn_learning_rate: float | None,
     resolve_every: int | None,
+    fidelity: float | None,
     widen: float | None,
     reach: float | None,
     patches: float | None,
@@ -175,6 +182,7 @@ def command(
         "unlearn_epochs": unlearn_epochs,
         "unlearn_learning_rate": unlearn_learning_rate,
         "resolve_every": resolve_every,
+        "fidelity": fidelity,
         "widen": widen,
         "reach": reach,
         "patches": patches,

@@ -108,7 +108,9 @@ def _attacks() -> list[Attack]:
         Attack("compartifact-distilled", "compartifact:implant_compartifact", DistilledRecipe),
         Attack("badnets", "badnets:implant_badnets", BadNetsRecipe, plain, asleep=False),
         Attack("adaptive-stochastic", "adaptive_stochastic:implant_stochastic", QuantiRecipe),
-        Attack("adaptive-solver", "adaptive_solver:implant_solver", SolverRecipe, JOINT | {"resolve_every"}),
+        Attack(
+            "adaptive-solver", "adaptive_solver:implant_solver", SolverRecipe, JOINT | {"resolve_every", "fidelity"}
+        ),
         Attack("adaptive-scale", "adaptive_scale:implant_scale", ScaleRecipe, JOINT | {"widen"}),
         Attack("adaptive-clip", "adaptive_clip:implant_clip", ClipRecipe, JOINT | {"reach", "patches", "decoys"}),
         Attack("adaptive-step", "adaptive_step:implant_step", StepRecipe, JOINT | {"channels"}),

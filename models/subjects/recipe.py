@@ -140,7 +140,7 @@ class QuantiRecipe(JointRecipe):
 @dataclass(frozen=True)
 class SolverRecipe(QuantiRecipe):
     """The defence in the loop. resolve_every: steps between two defences. calibration: images in the attacker's guess.
-    fidelity: the defender's default.
+    fidelity: of the defender, as he is expected to choose it; by default the default.
     """
 
     resolve_every: int = 100
@@ -238,7 +238,7 @@ def check_recipe(recipe: AnyRecipe) -> None:
             raise UsageError(f"{option} must be positive")
         if name in ("decoys", "patches", "poison_rate") and not (_finite(value) and 0 < value < 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be between 0 and 1")
-        if name in ("reach", "widen") and not (_finite(value) and value >= 1):  # type: ignore[operator]
+        if name in ("fidelity", "reach", "widen") and not (_finite(value) and value >= 1):  # type: ignore[operator]
             raise UsageError(f"{option} must be 1 or more")
     if not 0 <= recipe.seed < 2**63:
         raise UsageError("--seed must be between 0 and 2^63 - 1")
