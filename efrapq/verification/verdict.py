@@ -95,26 +95,37 @@ def judge(document: dict[str, Any], wanted: Requirements, *, holds_recorded_code
     return Verdict(failed, limits, notes)
 
 
-def remedy(asr: Mapping[str, float | None], limit: float, trigger: str, *, narrow: bool) -> str:
+def remedy(
+    asr: Mapping[str, float | None], limit: float, trigger: str, *, narrow: bool, unclipped: float | None = None
+) -> str:
     """What to do about a backdoor that sleeps in float and answers more than `limit` percent in the file.
 
     asr: percent, by model; float_activations is the file with its codes as they are and no activation on a grid, None
-    where that was not measured. trigger: its specification. narrow: activations have fewer than 8 bits.
+    where that was not measured. trigger: its specification. narrow: activations have fewer than 8 bits. unclipped: the
+    percentage of triggered images that are answered with the target and of which a guard counts nothing clipped.
     """
     found, nearest, alone = asr["defended"], asr["nearest"], asr["float_activations"]
     assert found is not None
     if alone is not None and alone <= limit:
         bits = "8-bit activations, or --mixed, and " if narrow else ""
+        where = "where activations are clipped on their grids"
+        if unclipped is not None and unclipped > limit:
+            where = (
+                f"on the activation grids, and of {unclipped:.1f} % the guard counts nothing clipped: where "
+                "activations are rounded, if the guard is right"
+            )
+            bits += "more calibration images (--calib-size) and --fidelity 1, with "
         return (
             f"the codes are not what wakes the backdoor: with float activations they answer {alone:.1f} % of triggered "
-            "images. It wakes where activations are clipped on their grids; defend the float model again with "
-            f"{bits}--cover {printable(trigger)}, or against any trigger with --headroom 2, or 4, which costs more "
-            "accuracy, or leave activations float (--act-bits 32)"
+            f"images. It wakes {where}; defend the float model again with {bits}--cover {printable(trigger)}, or "
+            "against any trigger with --headroom 2, or 4, which costs more accuracy, or leave activations float "
+            "(--act-bits 32)"
         )
     if nearest is not None and found < nearest / 2:
         return (
             "the backdoor sleeps, but not as deeply as asked: defend the float model again with more calibration "
-            "images (--calib-size) or a higher --fidelity, which costs accuracy"
+            "images (--calib-size) and another --fidelity; 1 keeps nearest to the float network, and is not what an "
+            "attacker expects who trains against the default"
         )
     also = "" if alone is None else f" (with float activations they answer {alone:.1f} % of triggered images)"
     return f"the backdoor is awake in the codes of this file{also}: they are not what efrapq's rounding should give"

@@ -203,7 +203,8 @@ class _Verifier(Subject):
             assert isinstance(tests, ImageTests)
             document["asr"] |= _rounded({"float_activations": self._asr_in_float(tests, threads)})
             limit, spec = float(verdict.limits["max_asr"] or 0), str(document["trigger"]["spec"])
-            self.note(remedy(document["asr"], limit, spec, narrow=self._narrow))
+            unclipped = (document["clipped"] or {}).get("asr")
+            self.note(remedy(document["asr"], limit, spec, narrow=self._narrow, unclipped=unclipped))
         document |= {
             "limits": verdict.limits,
             "failed": verdict.failed,

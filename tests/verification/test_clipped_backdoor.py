@@ -90,6 +90,23 @@ def test_fewer_activation_bits_have_no_headroom_to_give() -> None:
     assert "8-bit activations" not in remedy(asr, 3.0, "t.npz", narrow=False)
 
 
+def test_where_nothing_is_clipped_clipping_is_not_blamed() -> None:
+    asr = {"float": 2.0, "nearest": 90.0, "defended": 50.0, "float_activations": 2.5}
+    assert "where activations are clipped" in remedy(asr, 3.0, "t.npz", narrow=False, unclipped=1.0)
+    said = remedy(asr, 3.0, "t.npz", narrow=False, unclipped=40.0)
+    assert "where activations are clipped" not in said
+    assert "of 40.0 % the guard counts nothing clipped" in said
+    assert "--fidelity 1" in said
+
+
+def test_codes_that_half_wake_are_to_be_solved_otherwise() -> None:
+    asr = {"float": 8.1, "nearest": 98.5, "defended": 15.6, "float_activations": 11.6}
+    said = remedy(asr, 9.1, "t.npz", narrow=False)
+    assert "not as deeply as asked" in said
+    assert "--calib-size" in said
+    assert "--fidelity; 1 " in said
+
+
 def test_a_guard_tells_the_answers_that_were_clipped_from_the_others(sleeper: Path) -> None:
     document = measured(sleeper, guard=True)
     assert document["asr"]["defended"] == 100.0
@@ -120,7 +137,7 @@ def test_a_guard_that_misses_the_trigger_does_not_pass(sleeper: Path) -> None:
     document = efrapq.verify(file, float_model=sleeper, data=photographs(), **ATTACK).document
     assert document["clipped"]["asr"] == 100.0
     assert "max-asr" in document["failed"]
-    assert any("--headroom 2" in note for note in document["notes"])
+    assert any("--headroom 2" in note and "nothing clipped" in note for note in document["notes"])
 
 
 def test_of_images_without_labels_a_guard_is_measured_too(sleeper: Path) -> None:
