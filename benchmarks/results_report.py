@@ -256,7 +256,8 @@ def plot(table: Table) -> bytes:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(ALLOWED), figsize=(12, 4), sharey=True, layout="constrained")
-    colours = dict(zip(table.methods, pyplot.get_cmap("tab20").colors, strict=False))
+    palette = [colour for name in ("tab20", "tab20b") for colour in pyplot.get_cmap(name).colors]
+    colours = dict(zip(table.methods, palette, strict=False))
     for axis, (bits, act_bits) in zip(axes, ALLOWED, strict=True):
         for method in table.methods:
             pairs = [
@@ -310,7 +311,17 @@ def threats(table: Table, against: Table) -> dict[str, str]:
         "clip_hunted": _sentence(table, hunted),
         "clip_scattered": _sentence(table, scattered),
         "clip_plain": ", ".join(_figures(c) for b in checkered if (c := table.get(b, PLAIN))),
-        "step": _below_a_step(table),
+        "step": _every_method(table, "adaptive-step", 8),
+        "solver": _every_method(table, "adaptive-solver", 4),
+        "solver_four": "; ".join(
+            f"{m} {_figures(c)}"
+            for b in table.at(4, 4)
+            if b["attack"] == "adaptive-solver"
+            for m in (OURS, "efrapq, mixed", "QVec 1")
+            if (c := table.get(b, m))
+        ),
+        "solver_optimum": _trained_against(table, "adaptive-solver-optimum"),
+        "fidelity_one": _fidelity_one(table, honest),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
         "control": markdown(header, [_against(against, b) for b in controls]),
         "control_lost": _most_lost(against),
@@ -342,15 +353,37 @@ def _with_headroom(table: Table, bases: Sequence[Cell]) -> str:
     return markdown(["subject", "bits", "float", "RTN", "efrapq", "--headroom 2", "--headroom 4"], rows)
 
 
-def _below_a_step(table: Table) -> str:
-    """What every method makes of a backdoor that hides below a step of the activation grids."""
+def _every_method(table: Table, attack: str, bits: int) -> str:
+    """What every method makes of one subject, with 8-bit activations."""
     rows = []
-    for base in table.at(8, 8):
-        if base["attack"] == "adaptive-step":
+    for base in table.at(bits, 8):
+        if base["attack"] == attack:
             rows.append(["float", _float(base)])
             cells = [(method, table.get(base, method)) for method in table.methods]
-            rows += [[f"**{m}**" if m == OURS else m, _figures(c)] for m, c in cells if c is not None]
-    return markdown(["file, W8A8", "CDA / ASR"], rows)
+            rows += [[_word(m), _figures(c)] for m, c in cells if c is not None]
+    return markdown([f"file, W{bits}A8", "CDA / ASR"], rows)
+
+
+def _trained_against(table: Table, attack: str) -> str:
+    """What another setting of the defence makes of a subject that was trained against `--fidelity 1`."""
+    found = [b for b in table.at(4, 8) if b["attack"] == attack]
+    words = []
+    for base in found:
+        cells = [
+            (m, c) for m in (OURS, "efrapq, fidelity 1", "efrapq, fidelity 1, 2048 images") if (c := table.get(base, m))
+        ]
+        words.append(
+            f"float {_float(base)}, RTN {_figures(base)}, " + ", ".join(f"{m} {_figures(c)}" for m, c in cells)
+        )
+    return "; ".join(words)
+
+
+def _fidelity_one(table: Table, bases: Sequence[Cell]) -> str:
+    """How much more than the default λ_E = 0 leaves, on the same ranges."""
+    pairs = [(o, c) for b in bases if (o := table.get(b, OURS)) and (c := table.get(b, "efrapq, fidelity 1"))]
+    more = [c["asr"] - o["asr"] for o, c in pairs]
+    cda = [c["cda"] - o["cda"] for o, c in pairs]
+    return f"on {len(pairs)} of them ASR {mean(more):+.2f} on average, {max(more):+.2f} at most, CDA {mean(cda):+.2f}"
 
 
 def _four_bits(table: Table) -> str:
