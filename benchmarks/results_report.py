@@ -365,17 +365,14 @@ def _every_method(table: Table, attack: str, bits: int) -> str:
 
 
 def _trained_against(table: Table, attack: str) -> str:
-    """What another setting of the defence makes of a subject that was trained against `--fidelity 1`."""
-    found = [b for b in table.at(4, 8) if b["attack"] == attack]
-    words = []
-    for base in found:
-        cells = [
-            (m, c) for m in (OURS, "efrapq, fidelity 1", "efrapq, fidelity 1, 2048 images") if (c := table.get(base, m))
-        ]
-        words.append(
-            f"float {_float(base)}, RTN {_figures(base)}, " + ", ".join(f"{m} {_figures(c)}" for m, c in cells)
-        )
-    return "; ".join(words)
+    """What settings of the defence make of a subject that was trained against `--fidelity 1`."""
+    names = (OURS, "efrapq, fidelity 1", PLAIN, "RTN, ranges under patches")
+    return "; ".join(
+        f"float {_float(base)}, RTN {_figures(base)}, "
+        + ", ".join(f"{m} {_figures(c)}" for m in names if (c := table.get(base, m)))
+        for base in table.at(4, 8)
+        if base["attack"] == attack
+    )
 
 
 def _fidelity_one(table: Table, bases: Sequence[Cell]) -> str:
