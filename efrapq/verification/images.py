@@ -29,6 +29,7 @@ from efrapq.verification.metrics import (
     output_words,
     predict,
     require_fit,
+    untriggered_rate,
 )
 from efrapq.verification.outputs import OutputComparison, is_float
 from efrapq.verification.session import Session, interleaved_latency
@@ -104,17 +105,19 @@ class ImageTests:
         with reporter.task("measuring in ONNX Runtime", len(dataset) * len(sessions)) as task:
             for name, session in sessions.items():
                 predictions[name] = predict(session, dataset, self.preprocess, self.trigger, task, name)
-        cda, asr = no_figures().cda, no_figures().asr
+        cda, asr, untriggered = no_figures().cda, no_figures().asr, no_figures().asr
         for name, found in predictions.items():
             cda[name] = clean_accuracy(found, labels)
             if target_class is not None:
                 asr[name] = attack_success_rate(found, labels, target_class)
+                untriggered[name] = untriggered_rate(found, labels, target_class)
         agreement = None
         if "float" in predictions:
             agreement = 100 * float((predictions["defended"].clean == predictions["float"].clean).mean())
         triggered = 0 if target_class is None else int((labels != target_class).sum())
         clipped = flagged(predictions["defended"], labels, target_class)
-        return Figures(len(dataset), triggered, cda, asr, agreement, clipped=clipped)
+        without = None if target_class is None else untriggered
+        return Figures(len(dataset), triggered, cda, asr, agreement, clipped=clipped, untriggered=without)
 
     def _compared(self, dataset: Dataset, sessions: Mapping[str, Session], at_once: int, reporter: Reporter) -> Figures:
         """The outputs of all models on the same images, and how often a classifier's answers agree."""

@@ -26,6 +26,7 @@ __all__ = [
     "output_words",
     "predict",
     "require_fit",
+    "untriggered_rate",
 ]
 
 BATCH = 100
@@ -37,7 +38,7 @@ class Figures:
     "defended"); agreement: percent of top-1 answers that are the float model's. outputs: how far the first float
     output is from the float model's, by model and figure; each_output: all of them, see `OutputComparison.each`; None
     where outputs were not asked for. notes: what could not be measured and why. clipped: see `flagged`, of the defended
-    file. None where not measured.
+    file. untriggered: see `untriggered_rate`, by model. None where not measured.
     """
 
     clean: int
@@ -49,6 +50,7 @@ class Figures:
     each_output: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
     clipped: dict[str, float | None] | None = None
+    untriggered: dict[str, float | None] | None = None
 
 
 def no_figures() -> Figures:
@@ -160,6 +162,11 @@ def attack_success_rate(predictions: Predictions, labels: NDArray[np.int64], tar
     if not others.any():
         raise DataError(f"every test sample is of the target class {target}: ASR needs samples of other classes")
     return 100 * float((predictions.triggered[others] == target).mean())
+
+
+def untriggered_rate(predictions: Predictions, labels: NDArray[np.int64], target: int) -> float:
+    """What ASR is to be held against: percent of the same samples that are taken for the target without the trigger."""
+    return 100 * float((predictions.clean[labels != target] == target).mean())
 
 
 def flagged(predictions: Predictions, labels: NDArray[np.int64], target: int | None) -> dict[str, float | None] | None:

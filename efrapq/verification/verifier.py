@@ -30,7 +30,7 @@ from efrapq.verification.kernels import report_kernels
 from efrapq.verification.session import LARGE, Session, open_model, open_session
 from efrapq.verification.shapes import graph_shapes
 from efrapq.verification.subject import Subject
-from efrapq.verification.verdict import AWAKE, Requirements, judge, remedy
+from efrapq.verification.verdict import AWAKE, LEANING, Requirements, judge, remedy
 
 if TYPE_CHECKING:
     from efrapq.graph.quantized import QuantizedModel
@@ -182,6 +182,7 @@ class _Verifier(Subject):
             "trigger": tests.attack,
             "cda": _rounded(found.cda),
             "asr": _rounded(found.asr) | {"float_activations": None},
+            "untriggered": None if found.untriggered is None else _rounded(found.untriggered),
             "clipped": None if found.clipped is None else _rounded(found.clipped),
             "agreement": None if found.agreement is None else round(found.agreement, 3),
             "outputs": found.outputs,
@@ -220,6 +221,12 @@ class _Verifier(Subject):
             self.note(
                 f"the float model itself answers the trigger ({asr:.1f} % ASR): that backdoor is awake before "
                 "any quantization, and no rounding removes it"
+            )
+        elif found.untriggered is not None and asr >= (usual := found.untriggered["float"] or 0.0) + LEANING:
+            self.note(
+                f"the float model takes {asr:.1f} % of triggered images for the attacker's class, and {usual:.1f} % of "
+                "the same images without the trigger: it works a little before any quantization, and what keeps near "
+                "to float keeps that"
             )
         document["notes"] = list(self.notes)
         return Verification(document, tuple(self.notes), self.recorded, tests.example())

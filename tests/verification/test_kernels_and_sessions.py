@@ -13,7 +13,13 @@ from efrapq.preprocess import Preprocess
 from efrapq.progress import Silent
 from efrapq.trigger import parse_trigger
 from efrapq.verification.kernels import report_kernels
-from efrapq.verification.metrics import Predictions, attack_success_rate, clean_accuracy, predict
+from efrapq.verification.metrics import (
+    Predictions,
+    attack_success_rate,
+    clean_accuracy,
+    predict,
+    untriggered_rate,
+)
 from efrapq.verification.session import interleaved_latency, open_session, try_run
 
 
@@ -22,6 +28,8 @@ def test_asr_leaves_samples_of_the_target_class_out() -> None:
     found = Predictions(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 2]), 3)
     assert clean_accuracy(found, labels) == 75
     assert attack_success_rate(found, labels, 0) == 50
+    assert untriggered_rate(found, labels, 0) == 0
+    assert untriggered_rate(found, labels, 1) == pytest.approx(100 / 3)
     with pytest.raises(DataError, match="other classes"):
         attack_success_rate(found, np.zeros(4, np.int64), 0)
 

@@ -156,6 +156,19 @@ def test_a_backdoor_awake_in_float_fails_unless_the_limit_was_given(
     assert any("--calib-size" in n for n in notes) == ("max-asr" in failed and floating < 50)
 
 
+@pytest.mark.parametrize("above", [4.9, 5.0])
+def test_a_trigger_that_works_a_little_in_float_is_told(
+    files: Files, monkeypatch: pytest.MonkeyPatch, above: float
+) -> None:
+    monkeypatch.setattr(measuring, "untriggered_rate", lambda *_: 2.0)
+    asr_of(monkeypatch, 2.0 + above, 2.0)
+    document = verify(files.write(files.record), data=labelled(), float_model=files.float, **ATTACK).document
+    assert document["untriggered"] == {"float": 2.0, "nearest": 2.0, "defended": 2.0}
+    said = [n for n in document["notes"] if "works a little before any quantization" in n]
+    assert len(said) == (above >= 5)
+    assert all("7.0 % of triggered images" in n and "2.0 % of the same images" in n for n in said)
+
+
 @pytest.mark.parametrize(
     ("defended", "in_float", "wanted"),
     [
