@@ -74,7 +74,8 @@ if TYPE_CHECKING:
     "--fidelity",
     type=float,
     metavar="FACTOR",
-    help="coordinate: flip as many weights as keeps each layer's L_A within FACTOR of its optimum.  [default: 1.1]",
+    help="coordinate: flip as many weights as keeps each layer's L_A within FACTOR of its optimum. 1 is for suppliers "
+    "who may have trained against the default.  [default: 1.1]",
 )
 @click.option(
     "--lambda-e", type=float, help="A fixed weight of the error term instead. Default of relaxed: 1, the paper's."
