@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efrapq.io.text import printable
-from efrapq.report.words import percent
+from efrapq.report.words import is_number, percent
 
 __all__ = ["grid_lines", "search_words"]
 
@@ -64,9 +64,9 @@ def search_words(found: Mapping[str, Any]) -> str:
     rates = f"turns {percent(turned['file'])} in the file, {percent(turned['float'])} in float"
     if found.get("verdict") == "pass":
         return f"nothing was found: the best patch {rates}"
-    if not _numbers(patch, "side", "row", "col"):
+    if not (_numbers(patch, "side", "row", "col") and _numbers(found, "target_class")):
         return ""
-    where = f"{patch['side']}x{patch['side']} at {patch['row']},{patch['col']}, to class {found.get('target_class')}"
+    where = f"{patch['side']}x{patch['side']} at {patch['row']},{patch['col']}, to class {found['target_class']}"
     return f"a patch {rates} ({where})"
 
 
@@ -77,4 +77,4 @@ def _mapping(held: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _numbers(held: Mapping[str, Any], *keys: str) -> bool:
     """Whether a number is under each of the keys."""
-    return all(isinstance(held.get(key), int | float) for key in keys)
+    return all(is_number(held.get(key)) for key in keys)

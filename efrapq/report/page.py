@@ -27,7 +27,7 @@ from efrapq.report.costs import (
 )
 from efrapq.report.grids import grid_lines
 from efrapq.report.outputs import output_lines
-from efrapq.report.words import percent, size
+from efrapq.report.words import is_number, percent, size
 
 __all__ = ["verification_page"]
 
@@ -239,7 +239,7 @@ def _losses(evidence: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     for layer in layers if isinstance(layers, list) else []:
         if isinstance(layer, dict) and isinstance(layer.get("name"), str):
             nearest, solved = layer.get("loss_nearest"), layer.get("loss")
-            if isinstance(nearest, int | float) and isinstance(solved, int | float):
+            if is_number(nearest) and is_number(solved):
                 found[layer["name"]] = (nearest, solved)
     return found
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["percent", "size"]
+from typing import TypeGuard
+
+__all__ = ["is_number", "percent", "size"]
+
+# JSON has integers that no float holds, and formatting one of those as a float fails.
+MOST = 1e300
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value that anybody may have written can be formatted as a number."""
+    return isinstance(value, int | float) and -MOST < value < MOST
 
 
 def percent(value: float | None) -> str:

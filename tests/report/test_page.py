@@ -146,9 +146,17 @@ def test_it_says_what_the_evidence_says_of_grids_and_searches() -> None:
     assert "Activation grids" not in verification_page(document(), EVIDENCE)
 
 
+HUGE: dict[str, Any] = dict.fromkeys(["activations", "far", "factor", "channels", "hidden", "gain", "left"], 10**400)
+
+
 @pytest.mark.parametrize(
-    "found", [None, 3, "x", [], [None], {"a": 1}, {"activations": "1", "far": None}, [{"turned": 1}]]
-)
+    "found",
+    [
+        None, 3, "x", [], [None], {"a": 1}, {"activations": "1", "far": None}, [{"turned": 1}],
+        HUGE | {"widest": "relu"}, [{"turned": {"file": float("nan"), "float": 10**400}, "verdict": "pass"}],
+        [{"turned": {"file": 1, "float": 1}, "patch": {"side": 1, "row": 1, "col": 1}, "target_class": "\u202e"}],
+    ],
+)  # fmt: skip
 def test_evidence_of_grids_that_is_not_ours_says_nothing(found: Any) -> None:
     calibration = {"kind": "images", "stress": found, "lifted": found}
     page = verification_page(document(), EVIDENCE | {"calibration": calibration, "guard": found, "searches": found})
@@ -257,6 +265,7 @@ def test_evidence_of_another_file_is_not_shown() -> None:
     [
         EVIDENCE["layers"][:1], {}, "conv1", [None, "fc"], [{"name": "conv1"}, {"name": "fc"}], [{"name": []}],
         [{"name": name, "loss_nearest": "1", "loss": [2]} for name in ("conv1", "fc")],
+        [{"name": name, "loss_nearest": 10**400, "loss": 1} for name in ("conv1", "fc")],
     ],
 )  # fmt: skip
 def test_layers_that_the_evidence_does_not_know_have_no_losses(layers: Any) -> None:
