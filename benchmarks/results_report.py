@@ -314,11 +314,10 @@ def threats(table: Table, against: Table) -> dict[str, str]:
         "step": _every_method(table, "adaptive-step", 8),
         "solver": _every_method(table, "adaptive-solver", 4),
         "solver_four": "; ".join(
-            f"{m} {_figures(c)}"
+            f"{TITLES[b['attack']]}: RTN {_figures(b)}, "
+            + ", ".join(f"{m} {_figures(c)}" for m in (OURS, "efrapq, mixed") if (c := table.get(b, m)))
             for b in table.at(4, 4)
-            if b["attack"] == "adaptive-solver"
-            for m in (OURS, "efrapq, mixed", "QVec 1")
-            if (c := table.get(b, m))
+            if b["attack"].startswith("adaptive-solver")
         ),
         "solver_optimum": _trained_against(table, "adaptive-solver-optimum"),
         "fidelity_one": _fidelity_one(table, honest),
