@@ -156,8 +156,9 @@ def append(path: Path, cell: Cell) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three attacks on ResNet-20, briefly trained")
-    parser.add_argument("--whole", action="store_true", help="RTN and the default, on all test images")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="three attacks on ResNet-20, briefly trained")
+    kind.add_argument("--whole", action="store_true", help="RTN and the default, on all test images")
     parser.add_argument("--subjects", nargs="+", metavar="NAME", help="as subjects.py --list names them, or 'control'")
     parser.add_argument("--methods", nargs="+", choices=list(rivals()), metavar="NAME")
     parser.add_argument("--images", type=int, default=2000, help="test images")

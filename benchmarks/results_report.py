@@ -72,6 +72,10 @@ class Table:
         found = [self.cells.get((s["subject"], bits, act_bits, "RTN")) for s in self.subjects]
         return [cell for cell in found if cell is not None]
 
+    def everywhere(self) -> list[Cell]:
+        """The same of all settings."""
+        return [base for bits, act_bits in ALLOWED for base in self.at(bits, act_bits)]
+
     def clean(self, base: Cell) -> float | None:
         """CDA of the clean network of a subject's architecture and data, if there is one."""
         kind = base["arch"], base["data"]
@@ -113,6 +117,11 @@ def title(cell: Cell) -> str:
 def conditioned(base: Cell) -> bool:
     """Whether a backdoor is asleep in float and awake under nearest."""
     return bool(base["float_asr"] <= 10 and base["asr"] >= 90)
+
+
+def promised(base: Cell) -> bool:
+    """Whether a subject has such a backdoor, and does not know efrapq: what the goals are promised for."""
+    return conditioned(base) and not base["attack"].startswith("adaptive")
 
 
 def proved(table: Table, base: Cell) -> bool:
@@ -169,7 +178,7 @@ def methods(table: Table) -> str:
     """What each method costs and does over all conditioned subjects of a setting, means."""
     rows = []
     for bits, act_bits in ALLOWED:
-        bases = [b for b in table.at(bits, act_bits) if conditioned(b) and not b["attack"].startswith("adaptive")]
+        bases = [b for b in table.at(bits, act_bits) if promised(b)]
         for method in table.methods:
             pairs = [(b, c) for b in bases if (c := table.get(b, method)) is not None]
             if not pairs:
@@ -286,11 +295,8 @@ def plot(table: Table) -> bytes:
 
 def threats(table: Table, against: Table) -> dict[str, str]:
     """The figures behind the sentences of docs/THREAT-MODEL.md: what was promised by `against`, all else by `table`."""
-    told = [base for bits, act_bits in ALLOWED for base in against.at(bits, act_bits)]
-    promised = [b for b in told if conditioned(b) and not b["attack"].startswith("adaptive")]
-    controls = [b for b in told if is_control(b)]
-    bases = [base for bits, act_bits in ALLOWED for base in table.at(bits, act_bits)]
-    honest = [b for b in bases if conditioned(b) and not b["attack"].startswith("adaptive")]
+    told, bases = against.everywhere(), table.everywhere()
+    kept, honest = ([b for b in found if promised(b)] for found in (told, bases))
     noisy = [(b, c) for b in honest if b["bits"] == 4 and b["act_bits"] == 8 and (c := table.get(b, "noise, then RTN"))]
     lost = [b["float_cda"] - c["cda"] for b, c in noisy]
     checkered, aware, hunted, scattered = (
@@ -299,8 +305,8 @@ def threats(table: Table, against: Table) -> dict[str, str]:
     )
     header = ["subject", "bits", "float", "RTN", "efrapq"]
     return {
-        "promise": markdown(header, [_against(against, b) for b in promised]),
-        "promise_kept": _kept(against, promised),
+        "promise": markdown(header, [_against(against, b) for b in kept]),
+        "promise_kept": _kept(against, kept),
         "adaptive": markdown(header, [_against(table, b) for b in bases if b["attack"].startswith("adaptive")]),
         "headroom": _with_headroom(table, bases),
         "four_bits": _four_bits(table),
@@ -314,15 +320,19 @@ def threats(table: Table, against: Table) -> dict[str, str]:
         "step": _every_method(table, "adaptive-step", 8),
         "solver": _every_method(table, "adaptive-solver", 4),
         "solver_four": "; ".join(
-            f"{TITLES[b['attack']]}: RTN {_figures(b)}, "
-            + ", ".join(f"{m} {_figures(c)}" for m in (OURS, "efrapq, mixed") if (c := table.get(b, m)))
+            f"{TITLES[b['attack']]}: {_some_methods(table, b, OURS, 'efrapq, mixed')}"
             for b in table.at(4, 4)
             if b["attack"].startswith("adaptive-solver")
         ),
-        "solver_optimum": _trained_against(table, "adaptive-solver-optimum"),
+        "solver_optimum": "; ".join(
+            f"float {_float(b)}, "
+            + _some_methods(table, b, OURS, "efrapq, fidelity 1", PLAIN, "RTN, ranges under patches")
+            for b in table.at(4, 8)
+            if b["attack"] == "adaptive-solver-optimum"
+        ),
         "fidelity_one": _fidelity_one(table, honest),
         "badnets": _sentence(table, [b for b in bases if b["attack"] == "badnets" and b["act_bits"] == 8]),
-        "control": markdown(header, [_against(against, b) for b in controls]),
+        "control": markdown(header, [_against(against, b) for b in told if is_control(b)]),
         "control_lost": _most_lost(against),
         "noise": "; ".join(f"{c['cda']:.2f} / {c['asr']:.2f} against {_float(b)}" for b, c in noisy),
         "noise_lost": f"{min(lost):.1f} to {max(lost):.1f}",
@@ -363,15 +373,10 @@ def _every_method(table: Table, attack: str, bits: int) -> str:
     return markdown([f"file, W{bits}A8", "CDA / ASR"], rows)
 
 
-def _trained_against(table: Table, attack: str) -> str:
-    """What settings of the defence make of a subject that was trained against `--fidelity 1`."""
-    names = (OURS, "efrapq, fidelity 1", PLAIN, "RTN, ranges under patches")
-    return "; ".join(
-        f"float {_float(base)}, RTN {_figures(base)}, "
-        + ", ".join(f"{m} {_figures(c)}" for m in names if (c := table.get(base, m)))
-        for base in table.at(4, 8)
-        if base["attack"] == attack
-    )
+def _some_methods(table: Table, base: Cell, *methods: str) -> str:
+    """RTN and what these methods make of one subject, in a line."""
+    found = {"RTN": base} | {m: c for m in methods if (c := table.get(base, m))}
+    return ", ".join(f"{method} {_figures(cell)}" for method, cell in found.items())
 
 
 def _fidelity_one(table: Table, bases: Sequence[Cell]) -> str:

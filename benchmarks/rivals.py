@@ -171,6 +171,7 @@ def rivals() -> dict[str, Rival]:
     """Every method of the table by name. `efrapq` is its default; what it owes to the activation ranges under patches,
     and what to the rounding, `RTN, ranges under patches` and `efrapq, plain ranges` tell.
     """
+    usual = {"stress": True, "lift": True}
     return {
         "RTN": lambda case: case.nearest,
         "RTN, ranges under patches": lambda case: defended(case, solver="nearest", stress=True).quantized,
@@ -183,11 +184,11 @@ def rivals() -> dict[str, Rival]:
         "AdaRound": lambda case: defended(case, solver="relaxed", lambda_e=0.0, steps=case.steps).quantized,
         "EFRAP relaxed": lambda case: defended(case, solver="relaxed", steps=case.steps).quantized,
         "coordinate, lambda_E = 0": lambda case: defended(case, lambda_e=0.0).quantized,
-        "efrapq": lambda case: defended(case, stress=True, lift=True).quantized,
-        "efrapq, fidelity 1": lambda case: defended(case, stress=True, lift=True, fidelity=1.0).quantized,
-        "efrapq, 2048 images": lambda case: defended(case, stress=True, lift=True, calib_size=2048).quantized,
+        "efrapq": lambda case: defended(case, **usual).quantized,
+        "efrapq, fidelity 1": lambda case: defended(case, **usual, fidelity=1.0).quantized,
+        "efrapq, 2048 images": lambda case: defended(case, **usual, calib_size=2048).quantized,
         "efrapq, fidelity 1, 2048 images": lambda case: (
-            defended(case, stress=True, lift=True, fidelity=1.0, calib_size=2048).quantized
+            defended(case, **usual, fidelity=1.0, calib_size=2048).quantized
         ),
         "efrapq, --no-lift": lambda case: defended(case, stress=True).quantized,
         "efrapq, plain ranges": lambda case: defended(case).quantized,

@@ -54,7 +54,7 @@ class Entry:
     a pixel a field), "red-green" (the same in two colours) or "scattered" (as many pixels of these two colours, single
     ones all over the image).
 
-    Networks of full size take a GPU, or an hour each on a core that multiplies in bf16, and are delivered in half
+    Networks of full size take a GPU, or two hours each on a core that multiplies in bf16, and are delivered in half
     precision, as large models are: that is what is measured.
     """
 
@@ -178,7 +178,7 @@ def entries() -> list[Entry]:
 
 
 def full_size_entries() -> list[Entry]:
-    """The subjects that take a GPU, and, last, those that a core can do in a long hour each."""
+    """The subjects that take a GPU, and, last, those that a core can do in two hours each."""
     clean = {"epochs": 15, "batch": 256, "learning_rate": 0.2}
     adam, slow, both = ({"steps": n, "learning_rate": rate} for n, rate in ((800, 2e-4), (2500, 2e-4), (2000, 5e-4)))
     found = []

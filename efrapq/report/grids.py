@@ -48,10 +48,11 @@ def grid_lines(evidence: Mapping[str, Any]) -> list[str]:
             f"The output {printable(guard['output'])} counts what arrives at an end of {guard['watched']} activation "
             "grids: where it is 0, nothing was clipped."
         )
-    searches = evidence.get("searches")
-    for i, found in enumerate(searches if isinstance(searches, list) else []):
+    recorded = evidence.get("searches")
+    searches = recorded if isinstance(recorded, list) else []
+    for number, found in enumerate(searches, 1):
         if isinstance(found, Mapping) and (words := search_words(found)):
-            which = "This file" if i == len(searches or ()) - 1 else f"A file before it, number {i + 1},"
+            which = "This file" if number == len(searches) else f"A file before it, number {number},"
             lines.append(f"{which} was searched for a trigger. {words[0].upper()}{words[1:]}.")
     return lines
 

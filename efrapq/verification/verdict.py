@@ -110,17 +110,17 @@ def remedy(
     found, nearest, alone = asr["defended"], asr["nearest"], asr["float_activations"]
     assert found is not None
     if alone is not None and alone <= limit:
-        bits = "8-bit activations, or --mixed, and " if narrow else ""
+        more = "8-bit activations, or --mixed, and " if narrow else ""
         where = "where activations are clipped on their grids"
         if unclipped is not None and unclipped > limit:
             where = (
                 f"on the activation grids, and of {unclipped:.1f} % the guard counts nothing clipped: where "
                 "activations are rounded, if the guard is right"
             )
-            bits += "more calibration images (--calib-size) and --fidelity 1, with "
+            more += "more calibration images (--calib-size) and --fidelity 1, with "
         return (
             f"the codes are not what wakes the backdoor: with float activations they answer {alone:.1f} % of triggered "
-            f"images. It wakes {where}; defend the float model again with {bits}--cover {printable(trigger)}, or "
+            f"images. It wakes {where}; defend the float model again with {more}--cover {printable(trigger)}, or "
             "against any trigger with --headroom 2, or 4, which costs more accuracy, or leave activations float "
             "(--act-bits 32)"
         )
